@@ -1,0 +1,82 @@
+"""`python launch/run.py [config=NAME|FILE] [key=value ...] [--dry-run]`: train.
+
+`--help` lists every key. Nothing heavy is imported before the command line has been checked.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from treepo_async.config.command_line import describe, parse
+from treepo_async.config.schema import Config
+from treepo_async.errors import ConfigError, DataError, RoleError
+
+EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_STOPPED = 1, 2, 130
+
+
+def main(words: list[str]) -> int:
+    """Run, and say how it ended. Gives the exit code."""
+    if "--help" in words or "-h" in words:
+        print(describe())
+        return 0
+    try:
+        config = parse([word for word in words if word != "--dry-run"])
+        return train(config, dry_run="--dry-run" in words)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+
+
+def train(config: Config, *, dry_run: bool) -> int:
+    """Prepare and print the plan, then carry it out. Gives the exit code."""
+    from treepo_async.cluster.plan import describe as describe_plan
+    from treepo_async.cluster.plan import make_plan
+    from treepo_async.cluster.prepare import prepare_model, prepare_run_dir
+    from treepo_async.cluster.run import run
+    from treepo_async.cluster.supervise import StoppedError
+
+    with progress_bar("warm start of the tiny model") as report:
+        model_dir = prepare_model(
+            config.model.path, cache_dir=Path(config.cache_dir), seed=config.seed, report=report
+        )
+    run_dir = prepare_run_dir(config)
+    plan = make_plan(config, run_dir=run_dir, model_dir=model_dir)
+    print(describe_plan(config, plan), flush=True)
+    if dry_run:
+        return 0
+    try:
+        model = run(config, plan, say=lambda line: print(line, flush=True))
+    except RoleError as error:
+        print(f"error: {error}\n{error.tail}\nlogs: {run_dir / 'logs'}", file=sys.stderr)
+        return EXIT_FAILED
+    except StoppedError:
+        print(f"stopped; metrics: {run_dir / 'metrics.jsonl'}")
+        return EXIT_STOPPED
+    print(f"done; model: {model}; metrics: {run_dir / 'metrics.jsonl'}")
+    return 0
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A bar on standard error that appears with the first report of (step, steps, loss)."""
+    bars: list[Any] = []
+
+    def report(step: int, num_steps: int, loss: float) -> None:
+        if not bars:
+            from tqdm import tqdm
+
+            bars.append(tqdm(total=num_steps, desc=title, unit="step"))
+        bars[0].update(step - bars[0].n)
+        bars[0].set_postfix(loss=f"{loss:.3f}", refresh=False)
+
+    yield report
+    for bar in bars:
+        bar.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

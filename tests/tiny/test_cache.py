@@ -1,0 +1,107 @@
+import json
+import multiprocessing
+from dataclasses import replace
+
+import pytest
+from safetensors import safe_open
+
+from treepo_async.tiny.cache import prepare
+from treepo_async.tiny.recipe import DEFAULT_ARCHITECTURE, Recipe
+
+SHORT = Recipe(num_steps=3, batch_size=4, num_demonstrations=16, num_threads=1)
+
+
+def weights(folder):
+    with safe_open(folder / "model.safetensors", "numpy") as file:
+        return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
+
+
+def prepare_short(cache_dir, folders):
+    folders.put(prepare(cache_dir, 0, recipe=SHORT))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return prepare(tmp_path_factory.mktemp("cache"), 0, recipe=SHORT)
+
+
+def test_the_folder_is_complete_and_nothing_else_is_left_behind(folder):
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    summary = json.loads((folder / "warm_start.json").read_text())
+    assert summary["recipe"]["num_steps"] == 3
+    assert 0 < summary["final_loss"] < 10
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == 0
+
+
+def test_a_second_call_uses_the_folder_and_trains_nothing(folder):
+    steps = []
+    again = prepare(folder.parent, 0, lambda *step: steps.append(step), SHORT)
+    assert again == folder
+    assert steps == []
+
+
+def test_every_step_is_reported(tmp_path):
+    steps = []
+    prepare(tmp_path / "new" / "cache", 0, lambda *step: steps.append(step), SHORT)
+    assert [step[:2] for step in steps] == [(1, 3), (2, 3), (3, 3)]
+    assert all(4 < loss < 8 for _, _, loss in steps)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder, tmp_path):
+    same, other = (prepare(tmp_path, seed, recipe=SHORT) for seed in (0, 1))
+    assert same.name == folder.name
+    assert weights(same) == weights(folder)
+    assert weights(other) != weights(folder)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"recipe": replace(SHORT, p_slip=0.5)},
+        {"recipe": SHORT, "architecture": replace(DEFAULT_ARCHITECTURE, num_layers=4)},
+    ],
+    ids=["recipe", "architecture"],
+)
+def test_whatever_decides_the_weights_decides_the_name(folder, changed):
+    assert prepare(folder.parent, 0, **changed) != folder
+
+
+def test_a_failing_build_leaves_nothing_behind(tmp_path):
+    def stop(step, num_steps, loss):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(tmp_path, 0, stop, SHORT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_built_folder_is_replaced(folder, tmp_path):
+    broken = tmp_path / folder.name
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    assert prepare(tmp_path, 0, recipe=SHORT) == broken
+    assert weights(broken) == weights(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_two_processes_preparing_at_once_end_with_one_good_folder(folder, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    folders = context.Queue()
+    processes = [context.Process(target=prepare_short, args=(tmp_path, folders)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    assert {folders.get(timeout=50) for _ in processes} == {tmp_path / folder.name}
+    for process in processes:
+        process.join(10)
+    assert weights(tmp_path / folder.name) == weights(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
+def test_the_loser_of_the_race_uses_the_winners_folder(folder, tmp_path):
+    def overtake(step, num_steps, loss):
+        if step == num_steps:
+            prepare(tmp_path, 0, recipe=SHORT)
+
+    assert weights(prepare(tmp_path, 0, overtake, SHORT)) == weights(folder)
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]

@@ -1,0 +1,34 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from treepo_async.tiny.recipe import DEFAULT_ARCHITECTURE, DEFAULT_RECIPE
+from treepo_async.tiny.warm_start import learning_rate, warm_start
+
+SHORT = replace(
+    DEFAULT_RECIPE,
+    num_steps=60,
+    num_warmup_steps=10,
+    batch_size=8,
+    num_demonstrations=64,
+    num_threads=1,
+)
+
+
+def test_the_learning_rate_rises_and_then_falls_to_its_floor():
+    rates = [learning_rate(step, DEFAULT_RECIPE) for step in range(1, 1501)]
+    assert rates[0] == pytest.approx(3e-3 / 50, rel=1e-4)
+    assert max(rates) == pytest.approx(3e-3, rel=1e-2)
+    assert rates[749] == pytest.approx(3e-3 * (0.05 + 0.95 / 2))
+    assert rates[-1] == pytest.approx(3e-3 * 0.05)
+
+
+def test_a_few_steps_bring_the_loss_down():
+    losses = []
+    num_threads = torch.get_num_threads()
+    _, final = warm_start(SHORT, DEFAULT_ARCHITECTURE, 0, lambda step, n, loss: losses.append(loss))
+    assert losses[0] == pytest.approx(6.0, abs=0.3)
+    assert losses[-1] < 2.5
+    assert final == pytest.approx(sum(losses[-50:]) / 50)
+    assert torch.get_num_threads() == num_threads

@@ -1,0 +1,1 @@
+"""Asynchronous TreePO: SGLang actors grow segment trees, a Megatron-Core learner trains on them."""

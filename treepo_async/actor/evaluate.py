@@ -1,0 +1,107 @@
+"""Held-out accuracy of a pinned policy version, sampled and greedy, outside of leases and training.
+
+The engine host holds the version from the moment it opens the gate with `evaluate` until `Evaluated`. Waits: for
+such a gate (the host), for completions (the engine client has the deadline), `timeout_s` for one evaluation.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from treepo_async.actor.expand import Engine
+from treepo_async.engine.client import SamplingSettings, all_of
+from treepo_async.engine.gate import GateClient
+from treepo_async.errors import DeadlineError, EngineError
+from treepo_async.metrics.events import emit
+from treepo_async.scoring.registry import Scorer, score
+from treepo_async.tree.stopping import StopRules, find_stop
+from treepo_async.types import PolicyVersion, Prompt
+
+log = logging.getLogger(__name__)
+
+
+class Evaluator:
+    """Evaluates the versions that the gate marks for it, one after the other."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        gate: GateClient,
+        problems: Sequence[Prompt],
+        *,
+        scorer: Scorer,
+        stops: StopRules,
+        temperature: float,
+        max_new_tokens: int,
+        timeout_s: float,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            engine: the actor's own client.
+            gate: brings the versions.
+            problems: the held-out set.
+            scorer: response and answer to accuracy.
+            stops: what ends a response, as in training.
+            temperature: of the sampled accuracy.
+            max_new_tokens: response limit.
+            timeout_s: of one evaluation.
+        """
+        self._engine, self._gate, self._problems = engine, gate, problems
+        self._scorer, self._stops = scorer, stops
+        self._temperature, self._max_new_tokens = temperature, max_new_tokens
+        self._timeout_s = timeout_s
+
+    async def run(self) -> None:
+        """Evaluate for ever."""
+        while True:
+            version = await self._gate.to_evaluate.get()
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._evaluate(version)
+            except (EngineError, DeadlineError, TimeoutError) as error:
+                emit("alarm", alarm="evaluation failed", version=str(version), detail=repr(error))
+            await self._gate.evaluated(version)
+
+    async def _evaluate(self, version: PolicyVersion) -> None:
+        begin = time.monotonic()
+        sampled, greedy = await all_of(
+            self._accuracies(temperature, version.step) for temperature in (self._temperature, 0.0)
+        )
+        emit(
+            "eval",
+            version=str(version),
+            step=version.step,
+            num_problems=len(self._problems),
+            sampled_accuracy=_mean(sampled),
+            greedy_accuracy=_mean(greedy),
+            seconds=time.monotonic() - begin,
+        )
+
+    async def _accuracies(self, temperature: float, step: int) -> list[float]:
+        return await all_of(
+            self._accuracy(problem, temperature, step) for problem in self._problems
+        )
+
+    async def _accuracy(self, problem: Prompt, temperature: float, step: int) -> float:
+        (completion,) = await self._engine.extend(
+            problem.token_ids.tolist(),
+            num_runs=1,
+            max_new_tokens=self._max_new_tokens,
+            sampling=SamplingSettings(temperature, tuple(self._stops.eos_token_ids)),
+            least_step=step,
+        )
+        tokens = completion.run.token_ids.tolist()
+        stop = find_stop(self._stops, [], tokens, start=0, segment_tokens=self._max_new_tokens)
+        kept = len(tokens) if stop is None else stop[0]
+        return score(self._scorer, self._decode(tokens[:kept]), problem.answer)
+
+    @property
+    def _decode(self) -> Callable[[Sequence[int]], str]:
+        return self._stops.decode
+
+
+def _mean(accuracies: Sequence[float]) -> float:
+    """A failed score counts as wrong here: an evaluation may not lose problems."""
+    return sum(a for a in accuracies if a == a) / len(accuracies)

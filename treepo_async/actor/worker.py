@@ -1,0 +1,109 @@
+"""The actor's loop: lease -> expand -> score -> put, for several prompts at once.
+
+Waits: for a lease (replay answers every few seconds, with the reason when there is none), for the engine (see
+`expand`), for the ack of a tree (replay; sent again until it comes). An actor owns nothing that is lost when it
+dies: its leases expire and go to another.
+"""
+
+import asyncio
+import logging
+import random
+from dataclasses import dataclass, field
+
+from treepo_async.actor.expand import Engine, ExpandSettings, expand
+from treepo_async.actor.replay_client import ReplayClient, is_lost, prompt_of
+from treepo_async.actor.score import score_tree
+from treepo_async.errors import DeadlineError, EngineError, RefusedError
+from treepo_async.scoring.registry import Scorer
+from treepo_async.types import Sampling, Tree
+from treepo_async.wire.messages import Leased
+
+BEAT_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RewardSettings:
+    """How leaves are scored."""
+
+    scorer: Scorer
+    correct: float
+    wrong: float
+
+
+@dataclass
+class Worker:
+    """Grows trees until replay has no more prompts."""
+
+    name: str
+    replay: ReplayClient
+    engine: Engine
+    settings: ExpandSettings
+    reward: RewardSettings
+    seed: int
+    _leases: set[str] = field(default_factory=set)
+
+    async def run(self, concurrent_trees: int) -> None:
+        """Keep that many prompts growing until the leases end."""
+        beats = asyncio.create_task(self._beat(), name="beats")
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(concurrent_trees):
+                    group.create_task(self._work())
+        finally:
+            beats.cancel()
+            await asyncio.gather(beats, return_exceptions=True)
+
+    async def _work(self) -> None:
+        while (lease := await self.replay.lease()) is not None:
+            self._leases.add(lease.lease_id)
+            try:
+                tree = await self._grow(lease)
+                await self.replay.put(lease, tree)
+            except (EngineError, DeadlineError) as error:
+                log.warning("gave up lease %s: %s", lease.lease_id, error)
+                await self.replay.give_up(lease, type(error).__name__)
+            except RefusedError as error:
+                if not is_lost(error):
+                    raise
+                log.warning("tree of lease %s was refused: %s", lease.lease_id, error)
+            finally:
+                self._leases.discard(lease.lease_id)
+
+    async def _grow(self, lease: Leased) -> Tree:
+        prompt = prompt_of(lease)
+        rules = self.settings.growth
+        segments, provenance = await expand(
+            prompt,
+            self.engine,
+            self.settings,
+            random.Random(f"{self.seed}/{lease.lease_id}/{lease.attempt}"),
+            lease_id=lease.lease_id,
+            actor=self.name,
+            least_step=lease.least_step,
+        )
+        sampling = Sampling(
+            temperature=self.settings.sampling.temperature,
+            segment_tokens=rules.segment_tokens,
+            max_depth=rules.max_depth,
+            width=rules.width,
+            branching_factor=rules.branching_factor,
+        )
+        # in a thread: a user's scorer may be slow, and other trees go on growing meanwhile
+        return await asyncio.to_thread(
+            score_tree,
+            prompt,
+            segments,
+            provenance,
+            sampling,
+            scorer=self.reward.scorer,
+            decode=self.settings.stops.decode,
+            correct=self.reward.correct,
+            wrong=self.reward.wrong,
+        )
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_S)
+            await self.replay.beat(self._leases)

@@ -1,0 +1,1 @@
+"""The conductor: places the roles with Ray, supervises them and tells a person what happens."""

@@ -1,0 +1,88 @@
+"""What a run will start: its roles, their wiring, and the text a person reads before it begins."""
+
+import secrets
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from treepo_async.cluster.role import RoleSpec
+from treepo_async.config.limits import response_limit
+from treepo_async.config.schema import Config
+from treepo_async.config.wiring import Wiring
+from treepo_async.process import free_port
+
+ACTOR_RESTARTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Roles in the order in which they are started: the slowest to start comes first."""
+
+    run_id: str
+    run_dir: Path
+    model_dir: Path
+    roles: tuple[RoleSpec, ...]
+
+
+def make_plan(config: Config, *, run_dir: Path, model_dir: Path) -> Plan:
+    """Name, number and wire the roles of a run."""
+    run_id = secrets.token_hex(4)
+    shared = Wiring(
+        run_id=run_id,
+        run_dir=str(run_dir.resolve()),
+        model_dir=str(model_dir.resolve()),
+        replay_endpoint=f"tcp://127.0.0.1:{free_port()}",
+        gate_endpoint=f"tcp://127.0.0.1:{free_port()}",
+        engine_url=f"http://127.0.0.1:{free_port()}",
+        role="",
+    )
+
+    def role(kind: str, index: int, cpu_threads: int = 1, max_restarts: int = 0) -> RoleSpec:
+        name = f"{kind}-{index}"
+        return RoleSpec(
+            name, kind, replace(shared, role=name, index=index), cpu_threads, max_restarts
+        )
+
+    actors = (
+        role("actor", i, config.actor.cpu_threads, ACTOR_RESTARTS) for i in range(config.actors)
+    )
+    return Plan(
+        run_id,
+        run_dir,
+        model_dir,
+        (
+            role("engine", 0),
+            role("learner", 0, config.learner.cpu_threads),
+            role("replay", 0),
+            *actors,
+        ),
+    )
+
+
+def describe(config: Config, plan: Plan) -> str:
+    """The plan as text."""
+    tree, replay = config.tree, config.replay
+    trajectories = replay.prompts_per_batch * tree.width
+    kinds: dict[str, int] = {}
+    for role in plan.roles:
+        kinds[role.module] = kinds.get(role.module, 0) + 1
+    lines = [
+        ("run", f"{plan.run_dir} (seed {config.seed})"),
+        ("model", f"{config.model.path} at {plan.model_dir}"),
+        ("data", f"{config.data.path}, scored by {config.reward.scorer}"),
+        (
+            "tree",
+            f"{tree.width} leaves, segments of {tree.segment_tokens} x depth {tree.max_depth}, "
+            f"responses up to {response_limit(config)} tokens",
+        ),
+        (
+            "batch",
+            f"{replay.prompts_per_batch} trees x {tree.width} leaves = {trajectories} trajectories a step, "
+            f"{config.steps} steps, staleness at most {replay.max_staleness}",
+        ),
+        (
+            "learner",
+            f"Megatron-Core {config.learner.layout}, lr {config.learner.lr:g}, {config.model.dtype}",
+        ),
+        ("roles", ", ".join(f"{n} {kind}" for kind, n in kinds.items())),
+    ]
+    return "\n".join(f"  {name:<8} {text}" for name, text in lines)

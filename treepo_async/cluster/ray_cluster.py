@@ -1,0 +1,98 @@
+"""A Ray cluster for one run: the one at an address, or a local one that ends with the run."""
+
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treepo_async.cluster import reaper
+from treepo_async.process import kill_recorded, record_family
+
+OBJECT_STORE_BYTES = 80 * 2**20
+"""Nothing of ours goes through Ray's object store; this is the least it takes."""
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class RayCluster:
+    """A connected cluster. `record()` must be called after processes were started."""
+
+    ray: Any
+    record_file: Path
+
+    def record(self) -> None:
+        """Write down the pids of the run, for whoever must clean up after a killed driver."""
+        record_family(self.record_file, os.getpid())
+
+
+@contextlib.contextmanager
+def ray_cluster(address: str | None, *, cache_dir: Path, num_roles: int) -> Iterator[RayCluster]:
+    """Connect, and leave nothing behind.
+
+    Args:
+        address: of an existing cluster; None starts one.
+        cache_dir: holds Ray's token and the records of runs.
+        num_roles: processes that will be placed.
+    """
+    records = cache_dir / "running"
+    records.mkdir(parents=True, exist_ok=True)
+    reap_killed_runs(records)
+    record = records / f"{os.getpid()}.json"
+    # short, because the paths of Ray's sockets may have 107 bytes at most
+    temporary = Path("/tmp") / f"treepo-{secrets.token_hex(3)}"
+    watcher = reaper.start(record, temporary)
+    ray = _connect(address, cache_dir=cache_dir, temporary=temporary, num_roles=num_roles)
+    try:
+        yield RayCluster(ray, record)
+    finally:
+        ray.shutdown()
+        kill_recorded(record)
+        if watcher.stdin is not None:
+            watcher.stdin.close()
+        watcher.wait(timeout=30)
+
+
+def reap_killed_runs(records: Path) -> int:
+    """End processes of runs whose driver is gone. Gives their number."""
+    dead = [f for f in records.glob("*.json") if not Path(f"/proc/{f.stem}").exists()]
+    return sum(kill_recorded(file) for file in dead)
+
+
+def _connect(address: str | None, *, cache_dir: Path, temporary: Path, num_roles: int) -> Any:
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray's workers run at nice 15 by default, and an engine below them would too
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file(cache_dir)))
+    import ray
+
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address is None:
+        options |= {
+            "address": "local",
+            "num_cpus": num_roles,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "_temp_dir": str(temporary),
+        }
+    else:
+        options["address"] = address
+    ray.init(**options)
+    return ray
+
+
+def _token_file(cache_dir: Path) -> Path:
+    """The secret that processes of a local Ray cluster share, made once and readable by its owner only."""
+    file = cache_dir.resolve() / "ray_token"
+    if not file.exists():
+        file.touch(mode=0o600)
+        file.write_text(secrets.token_hex(32))
+    return file

@@ -1,0 +1,104 @@
+"""One role of the run: a process `python -m treepo_async.<module>` under a light Ray actor.
+
+The Ray actor only starts, watches and ends the process, so each role has its own environment and its own imports,
+dies with its Ray worker, and leaves its last lines of output. Its methods run on the worker's main thread, which
+lives as long as the worker does: the process's parent-death signal follows that thread.
+"""
+
+import subprocess
+import sys
+import threading
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from treepo_async.config.wiring import Wiring
+from treepo_async.metrics.events import parse
+from treepo_async.process import start_child, stop_child
+
+MAX_EVENTS = 10_000
+TAIL_LINES = 50
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSpec:
+    """What to start."""
+
+    name: str
+    module: str
+    """`treepo_async.<module>` is run."""
+    wiring: Wiring
+    cpu_threads: int
+    max_restarts: int = 0
+    """How often it is started again after it died."""
+
+
+@dataclass(frozen=True, slots=True)
+class RoleReport:
+    """What has happened since the last report."""
+
+    events: list[dict[str, Any]]
+    exit_code: int | None
+    """None while it runs."""
+    tail: str = ""
+    """Its last lines of output, once it has ended."""
+
+
+class RoleHost:
+    """Starts and watches one process; made a Ray actor by the driver."""
+
+    def __init__(self, spec: RoleSpec, log_file: Path) -> None:
+        self._spec, self._log_file = spec, log_file
+        self._events: deque[dict[str, Any]] = deque(maxlen=MAX_EVENTS)
+        self._tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._reader: threading.Thread | None = None
+
+    def start(self) -> int:
+        """Start the process. Gives its pid."""
+        threads = str(self._spec.cpu_threads)
+        self._child = start_child(
+            [
+                sys.executable,
+                "-m",
+                f"treepo_async.{self._spec.module}",
+                self._spec.wiring.to_json(),
+            ],
+            env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self._reader = threading.Thread(target=self._read, args=(self._child,), daemon=True)
+        self._reader.start()
+        return self._child.pid
+
+    def report(self) -> RoleReport:
+        """Events since the last call, and whether the process has ended."""
+        exit_code = None if self._child is None else self._child.poll()
+        if exit_code is not None and self._reader is not None:
+            self._reader.join(timeout=5)
+        events = [self._events.popleft() for _ in range(len(self._events))]
+        tail = "" if exit_code is None else "\n".join(self._tail)
+        return RoleReport(events, exit_code, tail)
+
+    def stop(self, timeout_s: float) -> int | None:
+        """End the process, by force at the deadline. Gives its exit code."""
+        if self._child is None:
+            return None
+        stop_child(self._child, timeout_s=timeout_s)
+        return self._child.returncode
+
+    def _read(self, child: subprocess.Popen[bytes]) -> None:
+        """Sort the process's output: events to the driver, everything else to its log."""
+        assert child.stdout is not None
+        with self._log_file.open("a", encoding="utf-8") as log:
+            for raw in child.stdout:
+                line = raw.decode(errors="replace").rstrip("\n")
+                event = parse(line)
+                if event is not None:
+                    self._events.append(event)
+                else:
+                    self._tail.append(line)
+                    log.write(line + "\n")
+                    log.flush()

@@ -1,0 +1,45 @@
+"""One run from a checked config to its end: prepare, plan, place, supervise."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from treepo_async.cluster.plan import Plan
+from treepo_async.cluster.ray_cluster import ray_cluster
+from treepo_async.cluster.supervise import Supervisor, SupervisorRules
+from treepo_async.config.schema import Config
+from treepo_async.metrics.sinks import JsonlSink, Sink, TensorBoardSink
+
+
+def run(config: Config, plan: Plan, *, say: Callable[[str], None]) -> str | None:
+    """Carry out a plan. Gives the folder of the trained model, None when no step was done.
+
+    Raises:
+        RoleError: a role died for good.
+        StoppedError: a signal ended the run.
+    """
+    sinks = _open_sinks(plan.run_dir, tensorboard=config.metrics.tensorboard)
+    rules = SupervisorRules(
+        num_steps=config.steps,
+        evaluates=config.eval.every > 0,
+        start_timeout_s=config.cluster.start_timeout_s,
+        stop_timeout_s=config.cluster.stop_timeout_s,
+        eval_timeout_s=config.eval.timeout_s,
+    )
+    cache_dir = Path(config.cache_dir)
+    try:
+        with ray_cluster(
+            config.cluster.ray_address, cache_dir=cache_dir, num_roles=len(plan.roles)
+        ) as cluster:
+            supervisor = Supervisor(cluster, plan, rules, sinks, say)
+            supervisor.run()
+            return supervisor.model
+    finally:
+        for sink in sinks:
+            sink.close()
+
+
+def _open_sinks(run_dir: Path, *, tensorboard: bool) -> list[Sink]:
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl")]
+    if tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard"))
+    return sinks

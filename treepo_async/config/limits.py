@@ -1,0 +1,44 @@
+"""Token limits that follow from several knobs and the model, said once."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from treepo_async.config.schema import Config
+from treepo_async.errors import ConfigError
+
+
+def response_limit(config: Config) -> int:
+    """Most response tokens of a trajectory."""
+    by_depth = config.tree.segment_tokens * config.tree.max_depth
+    return min(by_depth, config.tree.max_response_tokens or by_depth)
+
+
+def context_length(config: Config, model: Mapping[str, Any]) -> int:
+    """Most tokens of prompt and response together.
+
+    Args:
+        config: the run.
+        model: the model's `config.json`.
+
+    Raises:
+        ConfigError: the model cannot hold the wanted length.
+    """
+    most = int(model["max_position_embeddings"])
+    wanted = config.engine.context_length or min(
+        most, config.data.max_prompt_tokens + response_limit(config)
+    )
+    if wanted > most:
+        raise ConfigError(f"engine.context_length={wanted} is above the model's {most} positions")
+    if wanted <= response_limit(config):
+        raise ConfigError(
+            f"responses of up to {response_limit(config)} tokens (tree.segment_tokens * tree.max_depth) leave no "
+            f"room for a prompt in {wanted} tokens of context; lower tree.max_depth or tree.max_response_tokens"
+        )
+    return wanted
+
+
+def prompt_limit(config: Config, model: Mapping[str, Any]) -> int:
+    """Most prompt tokens: what the context leaves beside a full response."""
+    return min(
+        config.data.max_prompt_tokens, context_length(config, model) - response_limit(config)
+    )

@@ -1,0 +1,261 @@
+"""The schema of a run: one dataclass a part, one documented knob a line, defaults in code.
+
+The defaults are the embedded run: a tiny model and its task on one CPU machine. `help` texts are what
+`python launch/run.py --help` prints.
+"""
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A documented dataclass field with the values it may take."""
+    bounds = {"at_least": at_least, "above": above, "choices": choices}
+    return field(default=default, metadata={"help": help, **bounds})
+
+
+def knobs(section: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
+    """Every knob of a config dataclass under its dotted key, in the order written."""
+    for entry in fields(section):
+        if is_dataclass(entry.type):
+            yield from knobs(entry.type, f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, entry
+
+
+@dataclass
+class ModelConfig:
+    """The model that is trained."""
+
+    path: str = knob("tiny", "'tiny' (built and cached here), a Hugging Face folder, or a hub id")
+    dtype: str = knob("float32", "of the engine and the learner", choices=("float32",))
+
+
+@dataclass
+class DataConfig:
+    """Where prompts come from."""
+
+    path: str = knob("tiny", "'tiny', a .jsonl or .parquet file, or a Hugging Face dataset id")
+    eval_path: str | None = knob(
+        None, "held-out problems; default: a fixed part of data.path that is never trained"
+    )
+    prompt_field: str | None = knob(
+        None, "field of the question; default: prompt, question or problem"
+    )
+    answer_field: str | None = knob(
+        None, "field of the answer; default: answer, solution or ground_truth"
+    )
+    instruction: str = knob(
+        "\nReason step by step and put the final answer in \\boxed{}.",
+        "appended to each question (not for the built-in task)",
+    )
+    max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted", at_least=1)
+    epochs: int | None = knob(
+        None, "passes over the data; default: as many as the steps need", at_least=1
+    )
+
+
+@dataclass
+class TreeConfig:
+    """How a tree grows (TreePO, section 2.2)."""
+
+    segment_tokens: int = knob(
+        10, "tokens of a segment; trees fork at its multiples only", at_least=1
+    )
+    max_depth: int = knob(
+        7, "segments of a path; segment_tokens * max_depth is the response limit", at_least=1
+    )
+    width: int = knob(16, "trajectories of a prompt", at_least=1)
+    branching_factor: int = knob(2, "forks a path asks for at each boundary", at_least=1)
+    first_fork_min: int = knob(
+        2,
+        "paths started at the prompt: drawn from first_fork_min..first_fork_max",
+        at_least=1,
+    )
+    first_fork_max: int = knob(2, "see first_fork_min")
+    fallback: str = knob(
+        "random",
+        "random: refill from a segment boundary of an ended path; none: fewer leaves",
+        choices=("random", "none"),
+    )
+    stop_boxed: bool = knob(True, "a complete \\boxed{...} ends a path")
+    repetition_window: int = knob(32, "a text window of this many characters ...", at_least=1)
+    repetition_count: int = knob(
+        8, "... seen this often in a segment ends the path; 0: never", at_least=0
+    )
+    max_response_tokens: int | None = knob(
+        None, "response limit; default: segment_tokens * max_depth", at_least=1
+    )
+    temperature: float = knob(1.0, "sampling temperature; the learner divides by it too", above=0)
+
+
+@dataclass
+class RewardConfig:
+    """How a leaf is scored."""
+
+    scorer: str = knob(
+        "exact", "exact, or package.module:function taking (response, answer), giving 0..1"
+    )
+    correct: float = knob(1.0, "reward of accuracy 1")
+    wrong: float = knob(-1.0, "reward of accuracy 0")
+
+
+@dataclass
+class EngineConfig:
+    """The SGLang server."""
+
+    max_total_tokens: int | None = knob(
+        32768, "tokens of KV cache; none: SGLang sizes it from free memory"
+    )
+    max_running_requests: int = knob(64, "requests decoded together", at_least=1)
+    context_length: int | None = knob(
+        None, "default: data.max_prompt_tokens + the response limit, at most the model's"
+    )
+    start_timeout_s: float = knob(300.0, "from process start to healthy", above=0)
+    request_timeout_s: float = knob(120.0, "one generate request", above=0)
+    drain_timeout_s: float = knob(
+        60.0,
+        "running requests may take this long to end before new weights",
+        above=0,
+    )
+    update_timeout_s: float = knob(60.0, "loading new weights", above=0)
+    max_restarts: int = knob(3, "after that the run ends", at_least=0)
+    prefill_chunk_tokens: int = knob(4096, "tokens of prefill in one forward pass", at_least=1)
+
+
+@dataclass
+class ActorConfig:
+    """The processes that grow trees."""
+
+    concurrent_trees: int = knob(8, "trees an actor grows at once", at_least=1)
+    cpu_threads: int = knob(1, "OMP threads of an actor", at_least=1)
+
+
+@dataclass
+class ReplayConfig:
+    """Leases, admission and the replay queue."""
+
+    prompts_per_batch: int = knob(16, "trees of one optimizer step", at_least=1)
+    max_staleness: int = knob(
+        1,
+        "publications a trained segment may lie behind the learner; 0: synchronous",
+        at_least=0,
+    )
+    lease_timeout_s: float = knob(
+        60.0,
+        "without a heartbeat of its actor a lease is given to another",
+        above=0,
+    )
+    max_attempts: int = knob(3, "leases of a prompt before it is quarantined", at_least=1)
+    drop_degenerate: bool = knob(
+        True, "trees whose leaves are all right or all wrong are replaced at once"
+    )
+    max_refills: int = knob(
+        64,
+        "replacements for one batch; beyond it such trees are trained as they are",
+        at_least=0,
+    )
+    max_tree_bytes: int = knob(64 * 2**20, "larger trees are refused", at_least=1)
+
+
+@dataclass
+class LearnerConfig:
+    """The Megatron-Core learner."""
+
+    layout: str = knob("tp1", "ranks: tp, pp and dp sizes, e.g. tp4pp2")
+    lr: float = knob(3e-4, "learning rate after warm-up", above=0)
+    warmup_steps: int = knob(5, "linear warm-up", at_least=0)
+    beta1: float = knob(0.9, "AdamW")
+    beta2: float = knob(0.98, "AdamW")
+    weight_decay: float = knob(0.0, "AdamW; biases and norms are not decayed", at_least=0)
+    clip_grad: float = knob(1.0, "gradient norm; 0: no clipping", at_least=0)
+    estimator: str = knob(
+        "treepo", "advantage: treepo (mean over ancestor groups)", choices=("treepo",)
+    )
+    whiten: bool = knob(True, "advantages to mean 0 and variance 1 over the tokens of the batch")
+    clip_low: float = knob(0.2, "PPO clip range, 1 - clip_low")
+    clip_high: float = knob(0.28, "PPO clip range, 1 + clip_high", at_least=0)
+    correction: str = knob(
+        "truncated",
+        "importance weight for stale tokens: truncated, none",
+        choices=("truncated", "none"),
+    )
+    correction_cap: float = knob(2.0, "upper bound of that weight", above=0)
+    microbatch_tokens: int = knob(
+        4096, "unique tokens of one forward and backward pass", at_least=1
+    )
+    batch_timeout_s: float = knob(
+        600.0, "longest wait for one batch; the run ends beyond it", above=0
+    )
+    cpu_threads: int = knob(1, "torch threads of a rank", at_least=1)
+
+
+@dataclass
+class EvalConfig:
+    """Held-out accuracy at a pinned policy version."""
+
+    every: int = knob(
+        10,
+        "steps between evaluations (also before the first and after the last); 0: never",
+        at_least=0,
+    )
+    problems: int = knob(64, "held-out problems", at_least=1)
+    timeout_s: float = knob(300.0, "one evaluation; given up beyond it", above=0)
+
+
+@dataclass
+class MetricsConfig:
+    """What is recorded."""
+
+    tensorboard: bool = knob(True, "write TensorBoard events beside metrics.jsonl")
+    gap_alarm: float = knob(
+        1e-4,
+        "alarm when log-probs of engine and learner differ by more nats at one version",
+        above=0,
+    )
+
+
+@dataclass
+class ClusterConfig:
+    """Where processes run."""
+
+    ray_address: str | None = knob(
+        None, "an existing Ray cluster; default: a local one for this run"
+    )
+    start_timeout_s: float = knob(240.0, "from launch until every role is ready", above=0)
+    stop_timeout_s: float = knob(20.0, "for a role to end by itself before it is killed", above=0)
+
+
+@dataclass
+class Config:
+    """A run. Sections are set as `section.key=value`."""
+
+    actors: int = knob(2, "actor processes", at_least=1)
+    steps: int = knob(60, "optimizer steps", at_least=1)
+    seed: int = knob(
+        0,
+        "prompt order, tree forks and fallbacks, model initialisation and warm start; "
+        "not SGLang's token sampling, which has no working seed on CPU",
+        at_least=0,
+    )
+    run_dir: str | None = knob(None, "default: runs/<date>-<time>")
+    cache_dir: str = knob(".cache/treepo_async", "tiny model, Ray's token file")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

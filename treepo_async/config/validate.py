@@ -1,0 +1,58 @@
+"""The checks a config must pass before anything heavy is imported. All failures are told at once."""
+
+from collections.abc import Iterator
+from operator import attrgetter
+
+from treepo_async.config.layout import Layout
+from treepo_async.config.schema import Config, knobs
+from treepo_async.errors import ConfigError
+
+
+def validate(config: Config) -> None:
+    """Check every value alone and against the others.
+
+    Raises:
+        ConfigError: one line for each thing that cannot be run, with the way out.
+    """
+    failures = [*_check_values(config), *_check_combinations(config)]
+    if failures:
+        raise ConfigError("\n".join(failures))
+
+
+def _check_values(config: Config) -> Iterator[str]:
+    for key, knob in knobs(Config):
+        value, bounds = attrgetter(key)(config), knob.metadata
+        if value is None:
+            continue
+        if bounds["choices"] and value not in bounds["choices"]:
+            yield f"{key}={value} is not one of {', '.join(bounds['choices'])}"
+        if bounds["at_least"] is not None and value < bounds["at_least"]:
+            yield f"{key}={value} must be at least {bounds['at_least']}"
+        if bounds["above"] is not None and value <= bounds["above"]:
+            yield f"{key}={value} must be above {bounds['above']}"
+
+
+def _check_combinations(config: Config) -> Iterator[str]:
+    tree, learner = config.tree, config.learner
+    if not tree.first_fork_min <= tree.first_fork_max <= tree.width:
+        yield (
+            f"tree.first_fork_min={tree.first_fork_min}, tree.first_fork_max={tree.first_fork_max} and "
+            f"tree.width={tree.width} must not decrease in this order"
+        )
+    if not 0 <= learner.clip_low < 1:
+        yield f"learner.clip_low={learner.clip_low} must be at least 0 and below 1"
+    if config.reward.correct <= config.reward.wrong:
+        yield f"reward.correct={config.reward.correct} must be above reward.wrong={config.reward.wrong}"
+    if (config.model.path == "tiny") != (config.data.path == "tiny") and config.data.path == "tiny":
+        yield f"data=tiny is the built-in task of model=tiny; give model={config.model.path} its own data=FILE"
+    yield from _check_layout(learner.layout)
+
+
+def _check_layout(text: str) -> Iterator[str]:
+    try:
+        layout = Layout.parse(text)
+    except ConfigError as error:
+        yield str(error)
+        return
+    if layout.world_size > 1:
+        yield f"learner.layout={layout} needs {layout.world_size} ranks; this version runs one: learner=tp1"

@@ -1,0 +1,42 @@
+"""What the driver decides at run time and hands to every role: names, folders, addresses."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """Everything a role needs to know that is no knob."""
+
+    run_id: str
+    run_dir: str
+    model_dir: str
+    """Folder of the initial model, with its tokenizer."""
+    replay_endpoint: str
+    gate_endpoint: str
+    engine_url: str
+    role: str
+    """Name of the process, e.g. `actor-0`."""
+    index: int = 0
+    """Its number among the processes of its kind."""
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config of the run."""
+        return Path(self.run_dir) / "config.yaml"
+
+    @property
+    def weights_dir(self) -> Path:
+        """Where the learner publishes and the engine host looks."""
+        return Path(self.run_dir) / "weights"
+
+    def to_json(self) -> str:
+        """One line that `parse` reads back."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what `to_json` wrote."""
+        return cls(**json.loads(text))

@@ -1,0 +1,224 @@
+"""Prompt streams: a growing index in, a tokenised prompt out.
+
+Replay asks for prompt after prompt and stores only the next index, which is the whole resumable cursor. The
+invariant: `prompt(index)` depends on nothing but the source, the seed and the index, and never gives a
+question that `heldout` gives.
+"""
+
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treepo_async.data.records import Record, Records, read_records
+from treepo_async.data.tokenizer import TextTokenizer
+from treepo_async.errors import DataError
+from treepo_async.tiny import task
+from treepo_async.types import Prompt
+
+TINY = "tiny"
+"""The name of the built-in task."""
+HELDOUT_ONE_IN = 20
+
+_HELDOUT_SEED = 0
+"""Held-out prompts are the same for every run, so that runs can be compared."""
+
+
+class EndOfData(DataError):  # noqa: N818 - the orderly end of a stream, like StopIteration
+    """Every epoch has been handed out."""
+
+
+class PromptSource(Protocol):
+    """A stream of training prompts and a fixed set of held-out ones.
+
+    Attributes:
+        num_skipped: records that could not be used.
+        skipped: the first few reasons.
+    """
+
+    num_skipped: int
+    skipped: list[str]
+
+    def prompt(self, index: int) -> Prompt:
+        """The training prompt at `index`, from 0, in any order of access.
+
+        Raises:
+            EndOfData: `index` lies past the last epoch.
+            DataError: the prompt is longer than the limit; the next index may be fine.
+        """
+        ...
+
+    def heldout(self, n: int) -> tuple[Prompt, ...]:
+        """The first `n` held-out prompts, fewer where the source has fewer that fit the limit."""
+        ...
+
+
+def open_source(  # noqa: PLR0913 - one argument for each key of the data section
+    data: str,
+    *,
+    tokenizer: TextTokenizer,
+    seed: int,
+    prompt_field: str | None,
+    answer_field: str | None,
+    instruction: str,
+    max_prompt_tokens: int,
+    epochs: int | None,
+    eval_data: str | None,
+) -> PromptSource:
+    """Open a source by name.
+
+    Args:
+        data: `tiny`, or what `records.read_records` reads.
+        tokenizer: of the model that is fed.
+        seed: of the order of records, or of the problems of `tiny`.
+        prompt_field: field of the question; None finds it.
+        answer_field: field of the answer; None finds it.
+        instruction: appended to every question on a line of its own; not used by `tiny`.
+        max_prompt_tokens: longer prompts raise.
+        epochs: passes over the data, None for no end; `tiny` never ends.
+        eval_data: where held-out records come from; None holds out one record in twenty.
+
+    Raises:
+        ConfigError: a source does not exist or has a form that is not read.
+        DataError: no usable record, or none left to train on.
+    """
+    text = _PromptText(tokenizer, instruction, max_prompt_tokens)
+    if data == TINY:
+        return TinySource(text, seed)
+    records = read_records(data, prompt_field, answer_field)
+    heldout = None if eval_data is None else read_records(eval_data, prompt_field, answer_field)
+    return RecordSource(records, heldout, text, seed=seed, epochs=epochs)
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptText:
+    """From question to prompt: instruction, chat template, tokens and their limit."""
+
+    tokenizer: TextTokenizer
+    instruction: str
+    max_prompt_tokens: int
+
+    def instructed(self, prompt_id: str, record: Record) -> Prompt:
+        question = "\n".join(part for part in (record.question, self.instruction) if part)
+        return self.bare(prompt_id, self.tokenizer.render(question), record.answer)
+
+    def bare(self, prompt_id: str, text: str, answer: str) -> Prompt:
+        token_ids = self.tokenizer.encode(text)
+        if len(token_ids) > self.max_prompt_tokens:
+            raise DataError(
+                f"{prompt_id} has {len(token_ids)} prompt tokens, more than data.max_prompt_tokens="
+                f"{self.max_prompt_tokens}; raise the limit or shorten the record"
+            )
+        return Prompt(prompt_id, token_ids, text, answer)
+
+
+class TinySource:
+    """The built-in task: no end, no records, and a held-out split by construction."""
+
+    def __init__(self, text: _PromptText, seed: int) -> None:
+        self._text = text
+        self._seed = seed
+        self.num_skipped = 0
+        self.skipped: list[str] = []
+
+    def prompt(self, index: int) -> Prompt:
+        """The training problem at `index`; see `PromptSource.prompt`."""
+        problem = task.problem(self._seed, index, heldout=False)
+        return self._text.bare(f"tiny-train-{index}", problem.question + "\n", problem.answer)
+
+    def heldout(self, n: int) -> tuple[Prompt, ...]:
+        """The first `n` held-out problems."""
+        problems = [task.problem(_HELDOUT_SEED, index, heldout=True) for index in range(n)]
+        return tuple(
+            self._text.bare(f"tiny-heldout-{index}", problem.question + "\n", problem.answer)
+            for index, problem in enumerate(problems)
+        )
+
+
+class RecordSource:
+    """Records in memory, shuffled anew in every epoch.
+
+    Args:
+        records: what to train on, and to hold out from where `heldout` is None.
+        heldout: records to evaluate on; their questions are left out of training.
+        text: how a question becomes a prompt.
+        seed: of the shuffles.
+        epochs: passes over the data, None for no end.
+
+    Raises:
+        DataError: no record is left to train on.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        heldout: Records | None,
+        text: _PromptText,
+        *,
+        seed: int,
+        epochs: int | None,
+    ) -> None:
+        self._name = records.name
+        self._heldout_name = records.name if heldout is None else heldout.name
+        self._training, self._heldout = _split(records, heldout)
+        if not self._training:
+            raise DataError(
+                f"{records.name} has no record left to train on: all {len(records.records)} are held "
+                "out; give more records, or an eval_data that does not contain them"
+            )
+        self._text = text
+        self._seed = seed
+        self._epochs = epochs
+        self._order = lru_cache(maxsize=2)(self._shuffled)
+        self.num_skipped = records.num_skipped + (heldout.num_skipped if heldout else 0)
+        self.skipped = [*records.skipped, *(heldout.skipped if heldout else ())]
+
+    def prompt(self, index: int) -> Prompt:
+        """The training prompt at `index`; see `PromptSource.prompt`."""
+        epoch, position = divmod(index, len(self._training))
+        if self._epochs is not None and epoch >= self._epochs:
+            raise EndOfData(
+                f"{self._name} ended: {self._epochs} epochs of {len(self._training)} records are "
+                "handed out; raise data.epochs to go on"
+            )
+        record = self._training[self._order(epoch)[position]]
+        return self._text.instructed(f"{self._name}-{record.number}", record)
+
+    def heldout(self, n: int) -> tuple[Prompt, ...]:
+        """The first `n` held-out prompts, those longer than the limit left out."""
+        prompts: list[Prompt] = []
+        for record in self._heldout:
+            if len(prompts) >= n:
+                break
+            try:
+                prompts.append(
+                    self._text.instructed(f"{self._heldout_name}-{record.number}", record)
+                )
+            except DataError:
+                continue
+        return tuple(prompts)
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._training))
+
+
+def _split(
+    records: Records, heldout: Records | None
+) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """Training and held-out records; no question is in both."""
+    if heldout is not None:
+        questions = {record.question for record in heldout.records}
+        held = heldout.records
+    else:
+        held = tuple(r for r in records.records if _is_heldout(r.question))
+        questions = {record.question for record in held}
+    training = tuple(r for r in records.records if r.question not in questions)
+    order = np.random.default_rng(_HELDOUT_SEED).permutation(len(held))
+    return training, tuple(held[i] for i in order)
+
+
+def _is_heldout(question: str) -> bool:
+    return zlib.crc32(question.encode(errors="surrogatepass")) % HELDOUT_ONE_IN == 0

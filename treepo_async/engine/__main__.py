@@ -1,0 +1,68 @@
+"""`python -m treepo_async.engine WIRING`: the engine host as a process."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
+
+import aiohttp
+
+from treepo_async.config.command_line import load
+from treepo_async.config.limits import context_length
+from treepo_async.config.schema import Config
+from treepo_async.config.wiring import Wiring
+from treepo_async.engine.gatekeeper import GateKeeper
+from treepo_async.engine.host import Host, HostRules
+from treepo_async.engine.server import Server, ServerOptions
+from treepo_async.process import run_role
+from treepo_async.weights.store import WeightStore
+
+
+async def main(wiring: Wiring) -> None:
+    """Run the host until the driver ends it."""
+    config = load(wiring.config_file)
+    async with aiohttp.ClientSession() as session:
+        server = Server(_server_options(config, wiring), session)
+        keeper = GateKeeper(wiring.gate_endpoint)
+        host = Host(
+            server=server,
+            keeper=keeper,
+            store=WeightStore(wiring.weights_dir, keep=config.replay.max_staleness + 3),
+            rules=_host_rules(config),
+            base_dir=Path(wiring.model_dir),
+            evaluate_first=config.eval.every > 0,
+        )
+        try:
+            await host.run()
+        finally:
+            keeper.shut()
+            await server.stop(timeout_s=config.cluster.stop_timeout_s / 2)
+
+
+def _server_options(config: Config, wiring: Wiring) -> ServerOptions:
+    model = json.loads((Path(wiring.model_dir) / "config.json").read_text())
+    return ServerOptions(
+        port=urlparse(wiring.engine_url).port or 0,
+        dtype=config.model.dtype,
+        context_length=context_length(config, model),
+        max_total_tokens=config.engine.max_total_tokens,
+        max_running_requests=config.engine.max_running_requests,
+        prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
+        log_file=Path(wiring.run_dir) / "logs" / f"sglang-{wiring.index}.log",
+    )
+
+
+def _host_rules(config: Config) -> HostRules:
+    return HostRules(
+        start_timeout_s=config.engine.start_timeout_s,
+        drain_timeout_s=config.engine.drain_timeout_s,
+        update_timeout_s=config.engine.update_timeout_s,
+        eval_timeout_s=config.eval.timeout_s,
+        max_restarts=config.engine.max_restarts,
+        gap_alarm=config.metrics.gap_alarm,
+    )
+
+
+if __name__ == "__main__":
+    asyncio.run(run_role(main(Wiring.parse(sys.argv[1]))))

@@ -1,0 +1,112 @@
+"""The client's side of the gate: no request is submitted while weights are being changed.
+
+A client joins its engine host and is told whether the gate is open and under which policy version. When the gate
+closes it submits nothing more and says `Drained` once its last request is back; the host then changes weights and
+opens the gate again. Waits: for the gate to open (the host opens it; deadline `timeout_s`).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from treepo_async.errors import DeadlineError, WireError
+from treepo_async.types import PolicyVersion
+from treepo_async.wire.messages import Drained, Evaluated, Gate, Join
+from treepo_async.wire.sockets import Requester
+
+BEAT_S = 1.0
+
+
+class GateClient:
+    """What one client knows of its host's gate. Use as an async context manager."""
+
+    def __init__(self, endpoint: str, *, name: str, evaluates: bool, timeout_s: float) -> None:
+        """Prepare.
+
+        Args:
+            endpoint: of the host's gate.
+            name: of this client.
+            evaluates: whether it will evaluate the versions marked for it.
+            timeout_s: longest wait for an open gate.
+        """
+        self.to_evaluate: asyncio.Queue[PolicyVersion] = asyncio.Queue()
+        self._host = Requester(endpoint, name=name, owner="engine host", on_gate=self._see)
+        self._join = Join(name=name, evaluates=evaluates)
+        self._timeout_s = timeout_s
+        self._gate = Gate(epoch=-1, is_open=False)
+        self._num_in_flight = 0
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> "GateClient":
+        await self._host.__aenter__()
+        self._tasks = [asyncio.create_task(self._beat(), name="gate beat")]
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._host.__aexit__(None, None, None)
+
+    @contextlib.asynccontextmanager
+    async def passage(self, least_step: int = 0) -> AsyncIterator[PolicyVersion]:
+        """Hold a request in flight under the current version, once the gate is open for it.
+
+        Args:
+            least_step: oldest policy step that will do.
+
+        Raises:
+            DeadlineError: the gate did not open in time.
+        """
+        await self._wait_open(least_step)
+        version = self._version()
+        self._num_in_flight += 1
+        try:
+            yield version
+        finally:
+            self._num_in_flight -= 1
+            self._report_if_drained()
+
+    async def evaluated(self, version: PolicyVersion) -> None:
+        """Tell the host that the evaluation of a version is done."""
+        await self._host.tell(Evaluated(step=version.step))
+
+    async def _wait_open(self, least_step: int) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                while not (self._gate.is_open and self._gate.step >= least_step):
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError as error:
+            wait = f"the gate to open at policy step {least_step} or later (it is at {self._version()})"
+            raise DeadlineError(wait, "engine host", self._timeout_s) from error
+
+    def _version(self) -> PolicyVersion:
+        return PolicyVersion(self._gate.lineage, self._gate.step)
+
+    def _see(self, gate: Gate) -> None:
+        if gate.epoch <= self._gate.epoch:
+            return
+        self._gate = gate
+        self._changed.set()
+        if gate.is_open and gate.evaluate and self._join.evaluates:
+            self.to_evaluate.put_nowait(self._version())
+        self._report_if_drained()
+
+    def _report_if_drained(self) -> None:
+        if not self._gate.is_open and self._num_in_flight == 0 and self._gate.epoch >= 0:
+            task = asyncio.ensure_future(self._host.tell(Drained(epoch=self._gate.epoch)))
+            self._tasks.append(task)
+            task.add_done_callback(self._tasks.remove)
+
+    async def _beat(self) -> None:
+        """Join again every second: the host forgets the silent, and a lost push is made up for."""
+        while True:
+            answer, _ = await self._host.ask(
+                self._join, timeout_s=self._timeout_s, wait="an answer to Join"
+            )
+            if not isinstance(answer, Gate):
+                raise WireError(f"Join was answered by {type(answer).__name__}, expected Gate")
+            self._see(answer)
+            await asyncio.sleep(BEAT_S)

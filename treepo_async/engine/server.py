@@ -1,0 +1,194 @@
+"""One SGLang server as a child process: its command line, its life, and its control calls over HTTP.
+
+The server is a process of its own so that its crash is not ours; it dies with the host. Nothing here imports
+sglang.
+"""
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from treepo_async.cpu.environment import cuda_present, environment
+from treepo_async.errors import EngineError
+from treepo_async.process import start_child, stop_child
+
+POLL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """What a server is started with."""
+
+    port: int
+    dtype: str
+    context_length: int
+    max_total_tokens: int | None
+    max_running_requests: int
+    prefill_chunk_tokens: int
+    log_file: Path
+
+
+def command(
+    options: ServerOptions, model_dir: Path, weight_version: str, *, cuda: bool
+) -> list[str]:
+    """The server's command line.
+
+    `lpm` groups requests by cached prefix, which the default policy does not; without `sleep-on-idle` an idle
+    scheduler keeps a core busy; warm-up is left out because the host sends its own first request.
+    """
+    flags = {
+        "--model-path": str(model_dir),
+        "--host": "127.0.0.1",
+        "--port": options.port,
+        "--dtype": options.dtype,
+        "--context-length": options.context_length,
+        "--max-running-requests": options.max_running_requests,
+        "--chunked-prefill-size": options.prefill_chunk_tokens,
+        "--schedule-policy": "lpm",
+        "--weight-version": weight_version,
+        "--log-level": "warning",
+    }
+    if options.max_total_tokens is not None:
+        flags["--max-total-tokens"] = options.max_total_tokens
+    switches = [
+        "--skip-tokenizer-init",
+        "--skip-server-warmup",
+        "--sleep-on-idle",
+        "--enable-cache-report",
+    ]
+    if not cuda:
+        flags |= {
+            "--device": "cpu",
+            "--attention-backend": "torch_native",
+            "--sampling-backend": "pytorch",
+        }
+        switches += ["--disable-cuda-graph", "--disable-overlap-schedule"]
+    pairs = [str(word) for flag in flags.items() for word in flag]
+    return [sys.executable, "-m", "sglang.launch_server", *pairs, *switches]
+
+
+class Server:
+    """A running SGLang server. Start it from the main thread: it dies with the thread that started it."""
+
+    def __init__(self, options: ServerOptions, session: aiohttp.ClientSession) -> None:
+        self.options = options
+        self.url = f"http://127.0.0.1:{options.port}"
+        self._session = session
+        self._child: subprocess.Popen[bytes] | None = None
+
+    async def start(self, model_dir: Path, weight_version: str, *, timeout_s: float) -> float:
+        """Start with the weights in `model_dir` and wait until requests are taken. Gives the seconds it took.
+
+        Raises:
+            EngineError: it died or was not ready in time; carries the end of its log.
+        """
+        begin, cuda = time.monotonic(), cuda_present()
+        env = environment(cuda, offline=True) | {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+        with self.options.log_file.open("ab") as log:
+            self._child = start_child(
+                command(self.options, model_dir, weight_version, cuda=cuda),
+                env=env,
+                stdout=log,
+                stderr=log,
+            )
+        while not await self._is_ready():
+            if not self.is_alive():
+                raise EngineError(
+                    f"SGLang ended with code {self._child.returncode} at start\n{self.log_tail()}"
+                )
+            if time.monotonic() - begin > timeout_s:
+                raise EngineError(f"SGLang was not ready after {timeout_s:g} s\n{self.log_tail()}")
+            await asyncio.sleep(POLL_S)
+        return time.monotonic() - begin
+
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._child is not None and self._child.poll() is None
+
+    async def stop(self, *, timeout_s: float) -> None:
+        """End it: by SIGTERM, then SIGKILL at the deadline."""
+        if self._child is not None:
+            # stop_child waits; in a thread, so that peers are still answered meanwhile
+            await asyncio.to_thread(stop_child, self._child, timeout_s=timeout_s)
+            self._child = None
+
+    def log_tail(self, lines: int = 30) -> str:
+        """The last lines of its log."""
+        return "\n".join(self.options.log_file.read_text(errors="replace").splitlines()[-lines:])
+
+    async def post(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> Any:
+        """A control call with a JSON answer.
+
+        Raises:
+            EngineError: no answer in time, or a status other than 200.
+        """
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.post(self.url + path, json=body, timeout=timeout) as answer:
+                text = await answer.text()
+                if answer.status != 200:
+                    raise EngineError(f"SGLang {path} answered {answer.status}: {text[:500]}")
+                return await answer.json() if answer.content_type == "application/json" else text
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineError(f"SGLang {path}: {error!r}") from error
+
+    async def flush_cache(self, *, timeout_s: float) -> None:
+        """Drop all cached prefixes once the scheduler has retired every request.
+
+        An answer reaches its client a little before the scheduler retires the request; without this barrier an
+        update in that gap would leave old entries in the cache.
+        """
+        await self.post(f"/flush_cache?timeout={timeout_s:g}", {}, timeout_s=timeout_s + 5)
+
+    async def load_weights(self, folder: Path, weight_version: str, *, timeout_s: float) -> None:
+        """Load a publication; only with no request running.
+
+        Raises:
+            EngineError: SGLang did not load it, or loaded it and kept old cache entries.
+        """
+        body = {"model_path": str(folder), "weight_version": weight_version, "flush_cache": True}
+        answer = await self.post("/update_weights_from_disk", body, timeout_s=timeout_s)
+        if answer.get("success") is not True:
+            raise EngineError(f"SGLang refused {folder}: {answer.get('message')}")
+
+    async def checksum(self, *, timeout_s: float) -> str:
+        """A hash over all loaded tensors, equal for equal weights in any process."""
+        answer = await self.post("/weights_checker", {"action": "checksum"}, timeout_s=timeout_s)
+        return str(answer["per_engine_checksum"])
+
+    async def score(
+        self, sequences: Sequence[Sequence[int]], *, timeout_s: float
+    ) -> list[list[float]]:
+        """Log-prob of each token but the first, per sequence, at temperature 1; bypasses the prefix cache."""
+        body = {
+            "input_ids": [list(s) for s in sequences],
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},
+        }
+        answers = await self.post("/generate", body, timeout_s=timeout_s)
+        return [[row[0] for row in a["meta_info"]["input_token_logprobs"][1:]] for a in answers]
+
+    async def is_idle(self) -> bool:
+        """Whether no request runs or waits, from SGLang's own counters (fresh within 0.1 s, 1.4 ms a call)."""
+        timeout = aiohttp.ClientTimeout(total=2.0)
+        async with self._session.get(
+            f"{self.url}/v1/loads?include=core", timeout=timeout
+        ) as answer:
+            loads = (await answer.json())["loads"]
+        return all(load["num_running_reqs"] + load["num_waiting_reqs"] == 0 for load in loads)
+
+    async def _is_ready(self) -> bool:
+        try:
+            timeout = aiohttp.ClientTimeout(total=2.0)
+            async with self._session.get(f"{self.url}/ready", timeout=timeout) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False

@@ -1,0 +1,84 @@
+"""The process groups of the learner's ranks: tensor, pipeline and data parallel.
+
+Neighbours: the worker opens them once per process before `step.build_learner`. A world of one rank is opened the same way.
+
+Invariant: every group has an explicit timeout, so a rank that waits for a dead one fails instead of hanging.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from treepo_async.config.layout import Layout
+from treepo_async.learner.mcore import parallel_state, tensor_parallel
+
+Item = TypeVar("Item")
+
+
+def open_groups(
+    layout: Layout, *, rank: int, address: str, timeout_s: float, local_rank: int = 0
+) -> None:
+    """Join this process to the learner's groups, over NCCL with CUDA and over gloo without.
+
+    Args:
+        layout: sizes; their product is the number of ranks that must join.
+        rank: this process among them.
+        address: `host:port` where rank 0 listens.
+        timeout_s: longest wait of any collective, the joining included.
+        local_rank: CUDA device of this process.
+    """
+    with_cuda = torch.cuda.is_available()
+    if with_cuda:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group(
+        "nccl" if with_cuda else "gloo",
+        init_method=f"tcp://{address}",
+        rank=rank,
+        world_size=layout.world_size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        distributed_timeout_minutes=timeout_s / 60,
+    )
+
+
+def close_groups() -> None:
+    """Leave the groups; a process may open others afterwards."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def seed_ranks(seed: int) -> None:
+    """Seed every generator of this rank; needs opened groups.
+
+    Megatron draws initial weights and dropout masks on CUDA from generators of its own, one per kind of region.
+    """
+    torch.manual_seed(seed)
+    if torch.cuda.is_available():
+        tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def device() -> torch.device:
+    """Where this rank's tensors live."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def share(items: Sequence[Item], filler: Item) -> list[Item]:
+    """This data-parallel rank's items, as many as every other rank's; what is short is filled up."""
+    dp = parallel_state.get_data_parallel_world_size()
+    num_fillers = -len(items) % dp if items else dp
+    return [*items, *[filler] * num_fillers][parallel_state.get_data_parallel_rank() :: dp]
+
+
+def add_up(values: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+    """Reduce in place over data-parallel ranks and pipeline stages; tensor-parallel ranks already agree."""
+    dist.all_reduce(values, op=op, group=parallel_state.get_data_parallel_group())
+    dist.all_reduce(values, op=op, group=parallel_state.get_pipeline_model_parallel_group())

@@ -1,0 +1,147 @@
+"""From the logits of a microbatch to its loss and the numbers a step reports.
+
+Neighbours: `step` runs it on the last pipeline stage; `loss`, `correction` and `logprobs` hold the formulas.
+
+Invariant: everything it returns is a sum over tokens, so microbatches and ranks add up, and one division by the
+batch's trajectory tokens at the end makes a mean per trajectory token.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from treepo_async.learner.correction import find_correction
+from treepo_async.learner.logprobs import predicting_logits, token_entropy, token_logprobs
+from treepo_async.learner.loss import clipped, token_loss
+from treepo_async.learner.pack import Float32, PackedBatch
+from treepo_async.types import PolicyVersion
+
+SUMS = ("loss", "weight", "capped", "clipped", "kl_behavior", "entropy", "gap", "compared")
+"""What `Objective` sums, in the order of its vector; all but the gap and its count weigh a token by its trajectories."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossSettings:
+    """The clip range and the off-policy correction."""
+
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    correction: str = "truncated"
+    """A name in `correction.CORRECTIONS`."""
+    correction_cap: float = 2.0
+    """Largest correction weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """The trained tokens of a microbatch on the device, `[E]` each; the names are those of `PackedBatch`."""
+
+    prev: Tensor
+    label: Tensor
+    temperature: Tensor
+    positive: Tensor
+    negative: Tensor
+    count: Tensor
+    behavior_logprobs: Tensor
+    proximal_logprobs: Tensor | None
+    """None centres the clip range on the current policy."""
+    comparable: Tensor
+    """Whether the token was sampled, with a KV cache of one version, under the version trained from."""
+
+    @classmethod
+    def of(
+        cls,
+        batch: PackedBatch,
+        device: torch.device,
+        version: PolicyVersion | None = None,
+        proximal_logprobs: Float32 | None = None,
+    ) -> Self:
+        """Move the trained tokens of a microbatch to the device."""
+
+        def place(values: np.ndarray) -> Tensor:
+            return torch.from_numpy(values).to(device)
+
+        lineage, step = version or (-1, -1)
+        same = (batch.lineage == lineage) & (batch.policy_step == step) & ~batch.mixed_context
+        return cls(
+            prev=place(batch.prev),
+            label=place(batch.input_ids[batch.target]),
+            temperature=place(batch.temperature),
+            positive=place(batch.positive),
+            negative=place(batch.negative),
+            count=place(batch.count),
+            behavior_logprobs=place(batch.behavior_logprobs),
+            proximal_logprobs=None if proximal_logprobs is None else place(proximal_logprobs),
+            comparable=place(same),
+        )
+
+
+class Objective:
+    """The loss of `LossSettings` over the trained tokens of one microbatch.
+
+    Raises:
+        ConfigError: the correction is unknown.
+    """
+
+    def __init__(self, settings: LossSettings) -> None:
+        self.clip_low = settings.clip_low
+        self.clip_high = settings.clip_high
+        self.correct = find_correction(settings.correction)
+        self.cap = settings.correction_cap
+
+    def __call__(self, edges: Edges, logits_TV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and statistics of a microbatch.
+
+        Args:
+            edges: its trained tokens.
+            logits_TV: its logits, split over tensor-parallel ranks.
+
+        Returns:
+            The loss summed over the tokens, `[]`, with a gradient; the sums named by `SUMS`, float64 `[8]`; and the
+            largest gap between learner and behavior log-prob of a comparable token, float64 `[]`.
+        """
+        logits_EV = predicting_logits(logits_TV, edges.prev, edges.temperature)
+        logprobs = token_logprobs(logits_EV, edges.label)
+        proximal = edges.proximal_logprobs
+        if proximal is None:
+            proximal = logprobs.detach()
+        weight = self.correct(proximal, edges.behavior_logprobs, self.cap)
+        loss = token_loss(
+            logprobs,
+            proximal,
+            weight,
+            edges.positive,
+            edges.negative,
+            self.clip_low,
+            self.clip_high,
+        ).sum()
+        with torch.no_grad():
+            is_clipped = clipped(
+                logprobs,
+                proximal,
+                edges.positive,
+                edges.negative,
+                self.clip_low,
+                self.clip_high,
+            )
+            log_ratio = logprobs - edges.behavior_logprobs
+            weighted = (
+                weight,
+                weight >= self.cap,
+                is_clipped,
+                _k3(log_ratio),
+                token_entropy(logits_EV),
+            )
+            gap = torch.where(edges.comparable, log_ratio.abs(), 0.0)
+            sums = [loss, *((edges.count * values).sum() for values in weighted)]
+            sums += [gap.sum(), edges.comparable.sum()]
+            gap_max = torch.cat([gap.new_zeros(1), gap]).max()
+        return loss, torch.stack([value.double() for value in sums]), gap_max.double()
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """KL(behavior || learner) of each token, r - 1 - log r; Schulman, "Approximating KL divergence", 2020."""
+    return torch.expm1(log_ratio) - log_ratio

@@ -1,0 +1,100 @@
+"""AdamW with linear warm-up, through Megatron's optimizer and scheduler.
+
+Neighbour: `step` calls `update` once per batch.
+
+Invariant: biases and norms are not decayed. Megatron keeps that, and the learning rate, in its scheduler, so no
+update runs without a scheduler step before it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from treepo_async.learner.mcore import (
+    OptimizerConfig,
+    OptimizerParamScheduler,
+    get_megatron_optimizer,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """What an update does; the learning rate is constant after the warm-up."""
+
+    learning_rate: float = 1e-6
+    warmup_steps: int = 0
+    """Update k of the first `warmup_steps` runs at `k / warmup_steps` of the learning rate, k from 1."""
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them."""
+
+
+class Optimizer:
+    """AdamW and its schedule over the parameters of one model."""
+
+    def __init__(self, model: Any, settings: OptimizerSettings) -> None:
+        self.adam = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.learning_rate,
+                min_lr=settings.learning_rate,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.beta1,
+                adam_beta2=settings.beta2,
+                adam_eps=settings.epsilon,
+                clip_grad=settings.max_grad_norm,
+                params_dtype=torch.float32,
+            ),
+            [model],
+        )
+        self.scheduler = OptimizerParamScheduler(
+            self.adam,
+            init_lr=0.0,
+            max_lr=settings.learning_rate,
+            min_lr=0.0,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=settings.warmup_steps + 1,
+            lr_decay_style="constant",
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            override_opt_param_scheduler=True,
+        )
+
+    @property
+    def num_updates(self) -> int:
+        """Updates made so far; a skipped one does not count."""
+        return self.scheduler.num_steps
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the last update; before the first, of the scheduler's step 0."""
+        return float(self.adam.param_groups[0]["lr"])
+
+    def zero_grad(self) -> None:
+        """Forget the gradients of the last batch."""
+        self.adam.zero_grad()
+
+    def update(self, *, finite_loss: bool) -> tuple[float, bool]:
+        """Clip and apply the finished gradients, unless the loss or the gradient norm is not finite.
+
+        Args:
+            finite_loss: whether the loss they come from is finite on every rank.
+
+        Returns:
+            The global gradient norm before clipping, and whether the update was skipped.
+        """
+        self.adam.prepare_grads()
+        grad_norm = float(self.adam.get_grad_norm())
+        if not (finite_loss and math.isfinite(grad_norm)):
+            return grad_norm, True
+        self.scheduler.step(1)
+        self.adam.step()
+        return grad_norm, False

@@ -1,0 +1,83 @@
+"""From the learner's parameters to a publication, with a probe that proves what an engine has loaded."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from treepo_async.types import Float32, Int32, PolicyVersion, Tree
+from treepo_async.weights.manifest import Probe, TensorInfo
+from treepo_async.weights.store import NamedTensor, WeightStore
+
+PROBE_SEQUENCES = 4
+PROBE_TOKENS = 256
+
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class Policy(Protocol):
+    """What is published."""
+
+    def export(self) -> Iterator[tuple[str, Any]]:
+        """Full HF tensors by name."""
+
+    def score(self, sequences: Sequence[Int32]) -> list[Float32]:
+        """Log-probs of each token but the first, at temperature 1."""
+
+
+def publish(
+    store: WeightStore,
+    policy: Policy,
+    version: PolicyVersion,
+    trees: Sequence[Tree],
+    *,
+    dtype: torch.dtype,
+    config_file: Path,
+    evaluate: bool,
+) -> Path:
+    """Publish the current weights as `version`.
+
+    Args:
+        store: where.
+        policy: the learner.
+        version: new.
+        trees: of the last batch; the probe is cut from them.
+        dtype: of the published tensors.
+        config_file: the model's `config.json`.
+        evaluate: whether the version shall be evaluated.
+
+    Returns:
+        The folder of the publication.
+    """
+    sequences = probe_sequences(trees)
+    probe = Probe(
+        token_ids=[s.tolist() for s in sequences],
+        logprobs=[logprobs.tolist() for logprobs in policy.score(sequences)],
+    )
+    return store.publish(
+        version,
+        named_tensors(policy.export(), dtype),
+        config_file=config_file,
+        probe=probe,
+        evaluate=evaluate,
+    )
+
+
+def probe_sequences(trees: Sequence[Tree]) -> list[Int32]:
+    """Prompt and first trajectory of a few trees, [T] each."""
+    chosen = []
+    for tree in trees[:PROBE_SEQUENCES]:
+        path = tree.path(tree.leaves[0])
+        response = [tree.segments[i].token_ids for i in path]
+        chosen.append(np.concatenate([tree.prompt.token_ids, *response])[:PROBE_TOKENS])
+    return chosen
+
+
+def named_tensors(tensors: Iterable[tuple[str, Any]], dtype: torch.dtype) -> Iterator[NamedTensor]:
+    """Torch tensors as bytes."""
+    for name, tensor in tensors:
+        flat = tensor.detach().to("cpu", dtype).contiguous()
+        data = flat.view(torch.uint8).numpy().tobytes()
+        yield NamedTensor(name, TensorInfo(_DTYPE_NAMES[dtype], tuple(flat.shape)), data)

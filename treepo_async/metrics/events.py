@@ -1,0 +1,33 @@
+"""How a role tells the driver something: one JSON line on its standard output.
+
+Only the driver writes files, so a role needs no shared disk; what is no event line is a role's own log.
+"""
+
+import json
+import math
+import sys
+from typing import Any
+
+_MARK = '{"event":'
+
+
+def emit(event: str, **fields: Any) -> None:
+    """Write one event; numbers that are not finite become null."""
+    line = json.dumps({"event": event, **{key: _finite(value) for key, value in fields.items()}})
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def parse(line: str) -> dict[str, Any] | None:
+    """The event in a line of output, None when it is something else."""
+    if not line.startswith(_MARK):
+        return None
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

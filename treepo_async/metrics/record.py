@@ -1,0 +1,115 @@
+"""Step records: what the roles told the driver, put together under the names that metrics have everywhere.
+
+The one place that spells metric names. A record is flat, one a step, and goes to every sink.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+Event = Mapping[str, Any]
+
+STEP_NAMES = {
+    "reward/mean": "reward_mean",
+    "reward/errors": "reward_errors",
+    "accuracy/train": "accuracy_mean",
+    "staleness/mean": "staleness_mean",
+    "staleness/max": "staleness_max",
+    "tokens/unique": "num_unique_tokens",
+    "tokens/response_mean": "response_tokens_mean",
+    "learner/loss": "loss",
+    "learner/grad_norm": "grad_norm",
+    "learner/lr": "learning_rate",
+    "learner/entropy": "entropy",
+    "learner/kl_behavior": "kl_behavior",
+    "learner/correction_weight": "correction_weight_mean",
+    "learner/correction_capped": "correction_capped_share",
+    "learner/clipped": "clipped_share",
+    "learner/microbatches": "num_microbatches",
+    "learner/skipped": "skipped",
+    "gap/sampled_max": "logprob_gap_max",
+    "gap/sampled_mean": "logprob_gap_mean",
+}
+"""Metric name: field of the learner's `step` event."""
+
+WEIGHTS_NAMES = {
+    "gap/probe_max": "gap",
+    "weights/pause_s": "pause_s",
+    "weights/drain_s": "drain_s",
+    "weights/load_s": "load_s",
+    "weights/probe_s": "probe_s",
+}
+"""Metric name: field of the engine's `weights` event."""
+
+TREE_SUMS = (
+    "decoded_tokens",
+    "delivered_tokens",
+    "wasted_tokens",
+    "cached_tokens",
+    "prefix_tokens",
+    "num_requests",
+    "overhead_s",
+    "num_fallbacks",
+    "accuracy_sum",
+    "num_scored",
+)
+
+
+class Recorder:
+    """Collects events between two steps."""
+
+    def __init__(self) -> None:
+        self._trees: Counter[str] = Counter()
+        self._outcomes: Counter[str] = Counter()
+        self._samples: Counter[str] = Counter()
+
+    def tree(self, event: Event) -> None:
+        """Count a tree that arrived in replay, trained or not."""
+        for name in TREE_SUMS:
+            self._trees[name] += event[name]
+        self._outcomes[event["outcome"]] += 1
+
+    def engine(self, event: Event) -> None:
+        """Count samples of the engine's load."""
+        self._samples["all"] += event["num_samples"]
+        self._samples["idle"] += event["num_idle"]
+
+    def step(self, event: Event, weights: Event | None) -> dict[str, Any]:
+        """The record of a step, and start counting for the next one.
+
+        Args:
+            event: the learner's `step`.
+            weights: the engine's `weights` for the version that the step published, if it came.
+        """
+        record = {"step": event["step"], "time": time.time(), "policy_step": event["policy_step"]}
+        record |= {name: event[field] for name, field in STEP_NAMES.items()}
+        record |= {name: (weights or {}).get(field) for name, field in WEIGHTS_NAMES.items()}
+        record |= self._sampling()
+        seconds = event["seconds"]
+        record |= {f"time/{name}_s": value for name, value in seconds.items()}
+        record["idle/learner"] = seconds.get("wait_batch", 0.0) / seconds["wall"]
+        record["idle/engine"] = _share(self._samples["idle"], self._samples["all"])
+        record |= {f"leases/{name}": value for name, value in event["replay"].items()}
+        self.__init__()  # type: ignore[misc]
+        return record
+
+    def _sampling(self) -> dict[str, Any]:
+        trees = self._trees
+        return {
+            "tokens/decoded": trees["decoded_tokens"],
+            "tokens/delivered": trees["delivered_tokens"],
+            "tokens/wasted": trees["wasted_tokens"],
+            "tokens/decoded_per_delivered": _share(
+                trees["decoded_tokens"], trees["delivered_tokens"]
+            ),
+            "cache/hit_share": _share(trees["cached_tokens"], trees["prefix_tokens"]),
+            "engine/http_s": _share(trees["overhead_s"], trees["num_requests"]),
+            "accuracy/sampled": _share(trees["accuracy_sum"], trees["num_scored"]),
+            "trees/fallback_runs": trees["num_fallbacks"],
+            **{f"trees/{outcome}": count for outcome, count in self._outcomes.items()},
+        }
+
+
+def _share(part: float, whole: float) -> float | None:
+    return part / whole if whole else None

@@ -1,0 +1,131 @@
+"""Child processes that cannot outlive their parent, and a record of those that once did."""
+
+import asyncio
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when the thread that started it ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def start_child(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    stdout: IO[bytes] | int,
+    stderr: IO[bytes] | int,
+) -> subprocess.Popen[bytes]:
+    """Start a child that dies with the calling thread: call it from a thread that lives on.
+
+    Args:
+        command: program and arguments.
+        env: added to this process's environment.
+        stdout: a file, or a constant of `subprocess`.
+        stderr: likewise.
+    """
+    return subprocess.Popen(
+        list(command),
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        preexec_fn=die_with_parent,
+    )
+
+
+def stop_child(child: subprocess.Popen[bytes], *, timeout_s: float) -> None:
+    """SIGTERM, then SIGKILL at the deadline, to the child and to whatever it started."""
+    family = [*descendants(child.pid), psutil.Process(child.pid)] if child.poll() is None else []
+    if family:
+        child.terminate()
+    try:
+        child.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    kill_all([(p.pid, p.create_time()) for p in family if p.is_running()])
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    """Children, grandchildren and so on of a process."""
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_all(processes: Sequence[tuple[int, float]]) -> int:
+    """SIGKILL each process that still is the one meant.
+
+    Args:
+        processes: (pid, create time) pairs; a pid that was given to another process is left alone.
+
+    Returns:
+        How many were killed.
+    """
+    num_killed = 0
+    for pid, create_time in processes:
+        try:
+            process = psutil.Process(pid)
+            if abs(process.create_time() - create_time) < 1:
+                process.kill()
+                num_killed += 1
+        except psutil.NoSuchProcess:
+            continue
+    return num_killed
+
+
+def record_family(file: Path, pid: int) -> None:
+    """Write the pids and create times of a process's descendants, for `kill_recorded`."""
+    rows = []
+    for process in descendants(pid):
+        try:
+            rows.append((process.pid, process.create_time()))
+        except psutil.NoSuchProcess:
+            continue
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(rows))
+    temporary.replace(file)
+
+
+def kill_recorded(file: Path) -> int:
+    """Kill what `record_family` wrote and still runs, and remove the record; 0 when there is none."""
+    try:
+        rows = json.loads(file.read_text())
+    except FileNotFoundError:
+        return 0
+    num_killed = kill_all([(pid, create_time) for pid, create_time in rows])
+    file.unlink(missing_ok=True)
+    return num_killed
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def run_role(work: Coroutine[Any, Any, None]) -> None:
+    """Run a role's main coroutine: SIGTERM cancels it, Ctrl-C is left to the driver."""
+    task = asyncio.ensure_future(work)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

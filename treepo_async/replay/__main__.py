@@ -1,0 +1,68 @@
+"""`python -m treepo_async.replay WIRING`: the replay queue as a process."""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from treepo_async.config.command_line import load
+from treepo_async.config.limits import prompt_limit
+from treepo_async.config.schema import Config
+from treepo_async.config.wiring import Wiring
+from treepo_async.data.source import open_source
+from treepo_async.data.tokenizer import TextTokenizer
+from treepo_async.metrics.events import emit
+from treepo_async.process import run_role
+from treepo_async.replay.queue import Queue, QueueRules
+from treepo_async.replay.server import ReplayServer
+from treepo_async.replay.spool import MemorySpool
+from treepo_async.wire.sockets import Router
+
+
+async def main(wiring: Wiring) -> None:
+    """Serve until the driver ends the process."""
+    config = load(wiring.config_file)
+    model = json.loads((Path(wiring.model_dir) / "config.json").read_text())
+    data = config.data
+    source = open_source(
+        data.path,
+        tokenizer=TextTokenizer.load(Path(wiring.model_dir)),
+        seed=config.seed,
+        prompt_field=data.prompt_field,
+        answer_field=data.answer_field,
+        instruction=data.instruction,
+        max_prompt_tokens=prompt_limit(config, model),
+        epochs=data.epochs,
+        eval_data=data.eval_path,
+    )
+    router = Router(wiring.replay_endpoint, max_bytes=config.replay.max_tree_bytes)
+    server = ReplayServer(
+        router=router,
+        queue=Queue(_queue_rules(config)),
+        spool=MemorySpool(),
+        prompt=source.prompt,
+        run_id=wiring.run_id,
+        vocab_size=model["vocab_size"],
+    )
+    emit("ready")
+    try:
+        await server.run()
+    finally:
+        router.close()
+
+
+def _queue_rules(config: Config) -> QueueRules:
+    replay = config.replay
+    return QueueRules(
+        prompts_per_batch=replay.prompts_per_batch,
+        max_staleness=replay.max_staleness,
+        num_batches=config.steps,
+        lease_timeout_s=replay.lease_timeout_s,
+        max_attempts=replay.max_attempts,
+        drop_degenerate=replay.drop_degenerate,
+        max_refills=replay.max_refills,
+    )
+
+
+if __name__ == "__main__":
+    asyncio.run(run_role(main(Wiring.parse(sys.argv[1]))))

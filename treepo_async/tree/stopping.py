@@ -1,0 +1,114 @@
+"""When a path ends: the first token of a run that completes a stop.
+
+The token that completes a stop is the path's last; what the engine decoded behind it is cut, so that leaves
+do not depend on how far a request ran on. An end-of-sequence token right behind a box is kept: it costs
+nothing and teaches the model to end there.
+"""
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from treepo_async.types import StopReason
+
+TAIL_TOKENS = 64
+"""Tokens before a run in which a box that the run completes may have begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopRules:
+    """What ends a path besides the response limit."""
+
+    eos_token_ids: frozenset[int]
+    decode: Callable[[Sequence[int]], str]
+    boxed_end: Callable[[str], int | None] | None = None
+    """Index just past the first complete box of a text, or None; None here: boxes do not end a path."""
+    repetition_window: int = 32
+    repetition_count: int = 0
+    """A window of that many characters seen this often in a segment ends the path; 0: never."""
+
+
+def find_stop(
+    rules: StopRules,
+    context: Sequence[int],
+    token_ids: Sequence[int],
+    *,
+    start: int,
+    segment_tokens: int,
+) -> tuple[int, StopReason] | None:
+    """The earliest stop in a run.
+
+    Args:
+        rules: what ends a path.
+        context: response tokens before the run, at least the last `TAIL_TOKENS` of them.
+        token_ids: the run, [T].
+        start: response tokens before the run, for the grid on which repetition is counted.
+        segment_tokens: the grid.
+
+    Returns:
+        How many tokens of the run stay (1..T), and why; None if nothing in it ends the path.
+    """
+    stops = [
+        _find_eos(rules, token_ids),
+        _find_boxed(rules, context, token_ids),
+        _find_repetition(rules, token_ids, start, segment_tokens),
+    ]
+    return min((s for s in stops if s is not None), key=lambda stop: stop[0], default=None)
+
+
+def _find_eos(rules: StopRules, token_ids: Sequence[int]) -> tuple[int, StopReason] | None:
+    for i, token in enumerate(token_ids):
+        if token in rules.eos_token_ids:
+            return i + 1, StopReason.EOS
+    return None
+
+
+def _find_boxed(
+    rules: StopRules, context: Sequence[int], token_ids: Sequence[int]
+) -> tuple[int, StopReason] | None:
+    boxed_end, tail = rules.boxed_end, list(context[-TAIL_TOKENS:])
+    if boxed_end is None:
+        return None
+    kept = _first(token_ids, lambda head: boxed_end(rules.decode(tail + list(head))) is not None)
+    if kept is None:
+        return None
+    if kept < len(token_ids) and token_ids[kept] in rules.eos_token_ids:
+        return kept + 1, StopReason.EOS
+    return kept, StopReason.BOXED
+
+
+def _find_repetition(
+    rules: StopRules, token_ids: Sequence[int], start: int, segment_tokens: int
+) -> tuple[int, StopReason] | None:
+    if rules.repetition_count == 0:
+        return None
+
+    def repeats(head: Sequence[int]) -> bool:
+        return is_repetitive(rules.decode(head), rules.repetition_window, rules.repetition_count)
+
+    begin = 0
+    while begin < len(token_ids):
+        end = begin + segment_tokens - (start + begin) % segment_tokens
+        kept = _first(token_ids[begin:end], repeats)
+        if kept is not None:
+            return begin + kept, StopReason.REPETITION
+        begin = end
+    return None
+
+
+def is_repetitive(text: str, window: int, count: int) -> bool:
+    """Whether some `window` characters occur at least `count` times in `text`, overlaps included."""
+    if len(text) < window + count - 1:
+        return False
+    windows = Counter(text[i : i + window] for i in range(len(text) - window + 1))
+    return max(windows.values()) >= count
+
+
+def _first(token_ids: Sequence[int], holds: Callable[[Sequence[int]], bool]) -> int | None:
+    """Length of the shortest head for which `holds`, given that it goes on holding; None if it never does."""
+    if not holds(token_ids):
+        return None
+    return 1 + bisect_left(
+        range(1, len(token_ids)), True, key=lambda length: holds(token_ids[:length])
+    )

@@ -1,0 +1,251 @@
+"""The nouns of the system, frozen: what every process means by a prompt, a segment, a tree.
+
+Axis letters: `P` prompt tokens, `S` segments, `L` leaves, `T` tokens. A tree is written once, by the actor
+that grew it, and read by everybody else; nothing here does I/O or imports anything heavier than numpy.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from treepo_async.errors import TreeError
+
+ROOT = -1
+"""Parent index of a segment that hangs on the prompt itself."""
+
+Int32 = NDArray[np.int32]
+Float32 = NDArray[np.float32]
+
+
+class PolicyVersion(NamedTuple):
+    """A set of weights: `step` publications into lineage `lineage`; a rollback starts a new lineage."""
+
+    lineage: int
+    step: int
+
+    def __str__(self) -> str:
+        return f"{self.lineage}.{self.step}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Read what `str` wrote.
+
+        Raises:
+            ValueError: `text` is not `<lineage>.<step>`.
+        """
+        lineage, dot, step = text.partition(".")
+        if not (dot and lineage.isdigit() and step.isdigit()):
+            raise ValueError(f"policy version {text!r} is not <lineage>.<step>, e.g. 0.12")
+        return cls(int(lineage), int(step))
+
+
+class StopReason(StrEnum):
+    """Why a path ended. A segment that was continued has no stop reason."""
+
+    EOS = "eos"
+    """The end-of-sequence token; it is the last token of the segment."""
+    BOXED = "boxed"
+    """A complete `\\boxed{...}`."""
+    LENGTH = "length"
+    """The response limit, `segment_tokens * max_depth` tokens."""
+    DEPTH = "depth"
+    """The last level, before the response limit (only where a segment may be short)."""
+    REPETITION = "repetition"
+    """The text repeats itself."""
+    PRUNED = "pruned"
+    """Ended early by a pruning rule."""
+    ABORT = "abort"
+    """Ended by the engine or by a shutdown; never trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One problem: the tokens the engine is fed and the key its answer is checked against."""
+
+    id: str
+    token_ids: Int32
+    """[P], at least one token."""
+    text: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens of one grid level sampled under one policy version."""
+
+    parent: int
+    """Index of the segment it continues, `ROOT` for the prompt; always below its own index."""
+    level: int
+    """Grid index: tokens between prompt and segment, divided by the segment length."""
+    token_ids: Int32
+    """[T], at least one token."""
+    behavior_logprobs: Float32
+    """[T], log-probs of `token_ids` under the policy and temperature that sampled them."""
+    policy_version: PolicyVersion
+    stop: StopReason | None = None
+    """Why the path ended here; None where it was continued."""
+    mixed_context: bool = False
+    """Whether part of its KV cache was computed under older weights."""
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a tree was sampled: what the learner must know to recompute its log-probs and levels."""
+
+    temperature: float
+    segment_tokens: int
+    max_depth: int
+    width: int
+    branching_factor: int
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where a tree came from and what growing it cost."""
+
+    lease_id: str
+    actor: str
+    decoded_tokens: int = 0
+    """Tokens the engine decoded, cut ones included."""
+    wasted_tokens: int = 0
+    """Decoded tokens behind a stop, cut off."""
+    cached_tokens: int = 0
+    """Prompt and prefix tokens served from the prefix cache."""
+    prefix_tokens: int = 0
+    """Prompt and prefix tokens submitted."""
+    num_requests: int = 0
+    num_fallbacks: int = 0
+    grow_s: float = 0.0
+    overhead_s: float = 0.0
+    """Time of all requests outside of the server, summed."""
+    notes: tuple[str, ...] = ()
+    """Anything that makes the tree differ from its rules, e.g. fewer leaves than its width."""
+
+
+@dataclass(frozen=True)
+class Tree:
+    """All segments grown from one prompt, with one reward per leaf.
+
+    Segments stand in creation order (`parent < index`); a leaf is a segment without children, and leaves
+    are counted in the order of their segments.
+    """
+
+    prompt: Prompt
+    segments: tuple[Segment, ...]
+    rewards_L: Float32
+    """[L], NaN where scoring failed: such a leaf is left out of every group and of the loss."""
+    accuracies_L: Float32
+    """[L], 1 for a right answer and 0 for a wrong one, before any shaping; NaN where scoring failed."""
+    sampling: Sampling
+    provenance: Provenance
+
+    @cached_property
+    def leaves(self) -> tuple[int, ...]:
+        """Segment index of each leaf, [L]."""
+        return leaves_of(self.segments)
+
+    def path(self, segment: int) -> tuple[int, ...]:
+        """Segment indices from the prompt down to and including `segment`."""
+        steps = []
+        while segment != ROOT:
+            steps.append(segment)
+            segment = self.segments[segment].parent
+        return tuple(reversed(steps))
+
+    @cached_property
+    def num_tokens(self) -> int:
+        """Sampled tokens, each counted once."""
+        return sum(len(s) for s in self.segments)
+
+    @cached_property
+    def num_tokens_L(self) -> NDArray[np.int64]:
+        """Response tokens of each trajectory, [L]."""
+        paths = (self.path(leaf) for leaf in self.leaves)
+        return np.array(
+            [sum(len(self.segments[i]) for i in path) for path in paths], dtype=np.int64
+        )
+
+    @cached_property
+    def num_delivered_tokens(self) -> int:
+        """Sampled tokens counted once per trajectory they belong to."""
+        return int(self.num_tokens_L.sum())
+
+    def check(self) -> None:
+        """Raise TreeError, naming the field, unless every invariant of the class holds."""
+        if len(self.prompt.token_ids) == 0:
+            raise TreeError("prompt.token_ids is empty: a tree needs at least one prompt token")
+        if not self.segments:
+            raise TreeError("segments is empty: a tree needs at least one segment")
+        _check_segments(self.segments, self.sampling.segment_tokens)
+        for name in ("rewards_L", "accuracies_L"):
+            found = len(getattr(self, name))
+            if found != len(self.leaves):
+                raise TreeError(
+                    f"{name} has {found} values, the tree has {len(self.leaves)} leaves"
+                )
+        if np.isinf(self.rewards_L).any():
+            raise TreeError("rewards_L has an infinite value; a failed score is NaN")
+
+
+def leaves_of(segments: tuple[Segment, ...]) -> tuple[int, ...]:
+    """Indices of the segments without children, ascending."""
+    parents = {s.parent for s in segments}
+    return tuple(i for i in range(len(segments)) if i not in parents)
+
+
+def _check_segments(segments: tuple[Segment, ...], segment_tokens: int) -> None:
+    ends: list[int] = []
+    for i, segment in enumerate(segments):
+        if not ROOT <= segment.parent < i:
+            raise TreeError(
+                f"segments[{i}].parent is {segment.parent}, it must be in {ROOT}..{i - 1}"
+            )
+        if segment.parent != ROOT and segments[segment.parent].stop is not None:
+            raise TreeError(
+                f"segments[{i}].parent {segment.parent} has ended: it may have no children"
+            )
+        if len(segment) == 0 or len(segment) != len(segment.behavior_logprobs):
+            raise TreeError(
+                f"segments[{i}] has {len(segment)} token_ids and "
+                f"{len(segment.behavior_logprobs)} behavior_logprobs; it needs as many, at least one"
+            )
+        if not (
+            np.isfinite(segment.behavior_logprobs).all() and segment.behavior_logprobs.max() <= 1e-4
+        ):
+            raise TreeError(f"segments[{i}].behavior_logprobs are not finite log-probs")
+        start = 0 if segment.parent == ROOT else ends[segment.parent]
+        ends.append(start + len(segment))
+        if (
+            segment.level != start // segment_tokens
+            or (ends[i] - 1) // segment_tokens != segment.level
+        ):
+            raise TreeError(
+                f"segments[{i}].level is {segment.level}, but its tokens {start}..{ends[i] - 1} "
+                f"lie on a grid of {segment_tokens}"
+            )
+
+
+class Trajectory(NamedTuple):
+    """A root-to-leaf path of a tree: a view for scoring and display, never stored."""
+
+    tree: Tree
+    leaf: int
+    """Index into `tree.leaves`."""
+
+    @property
+    def token_ids(self) -> Int32:
+        """Response tokens, [T]."""
+        path = self.tree.path(self.tree.leaves[self.leaf])
+        return np.concatenate([self.tree.segments[i].token_ids for i in path])
+
+    @property
+    def stop(self) -> StopReason | None:
+        """Why the trajectory ended."""
+        return self.tree.segments[self.tree.leaves[self.leaf]].stop

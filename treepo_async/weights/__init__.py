@@ -1,0 +1,1 @@
+"""Published weights: write-once folders with a manifest, from the learner to the engine hosts."""

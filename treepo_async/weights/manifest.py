@@ -1,0 +1,163 @@
+"""The manifest of a publication: every tensor's name, shape, dtype and hash, and a probe of the policy.
+
+An engine loads a partial file without complaint and dies of a wrong shape, so a publication is checked against its
+manifest, and the manifest against the model, before an engine sees the folder.
+"""
+
+import hashlib
+import json
+import mmap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from treepo_async.errors import WeightsError
+
+WEIGHTS_FILE = "model.safetensors"
+MANIFEST_FILE = "manifest.json"
+
+
+class TensorInfo(NamedTuple):
+    """What a tensor must look like."""
+
+    dtype: str
+    """As safetensors spells it, e.g. `F32`."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Token sequences and the learner's log-probs of them: what an engine must answer with these weights."""
+
+    token_ids: list[list[int]]
+    logprobs: list[list[float]]
+    """Per sequence, log p of each token but the first, at temperature 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The contents of one publication."""
+
+    version: str
+    tensors: dict[str, TensorInfo]
+    hashes: dict[str, str]
+    probe: Probe
+    evaluate: bool
+    """Whether the version shall be evaluated before the next one is applied."""
+
+    def write(self, folder: Path) -> None:
+        """Write it into a publication's folder."""
+        (folder / MANIFEST_FILE).write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Read the manifest of a publication.
+
+        Raises:
+            WeightsError: it is missing or no manifest.
+        """
+        try:
+            raw = json.loads((folder / MANIFEST_FILE).read_text())
+            return cls(
+                version=raw["version"],
+                tensors={n: TensorInfo(d, tuple(s)) for n, (d, s) in raw["tensors"].items()},
+                hashes=raw["hashes"],
+                probe=Probe(**raw["probe"]),
+                evaluate=raw["evaluate"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise WeightsError(f"{folder / MANIFEST_FILE} is no manifest: {error}") from error
+
+
+def read_tensors(file: Path) -> dict[str, TensorInfo]:
+    """Names, dtypes and shapes in a safetensors file, from its header alone.
+
+    Raises:
+        WeightsError: the file is missing, cut short or no safetensors file.
+    """
+    header, _ = _read_header(file)
+    return {
+        name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()
+    }
+
+
+def model_tensors(model_dir: Path) -> dict[str, TensorInfo]:
+    """All tensors of a Hugging Face model folder, one file or sharded."""
+    files = sorted(model_dir.glob("*.safetensors"))
+    if not files:
+        raise WeightsError(f"{model_dir} has no .safetensors file")
+    return {name: info for file in files for name, info in read_tensors(file).items()}
+
+
+def hash_tensors(file: Path) -> dict[str, str]:
+    """blake2b of each tensor's bytes in a safetensors file."""
+    header, start = _read_header(file)
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        view = memoryview(data)
+        hashes = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            hashes[name] = hash_bytes(view[start + begin : start + end])
+        view.release()
+    return hashes
+
+
+def hash_bytes(data: bytes | memoryview) -> str:
+    """The hash that manifests use."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def verify(folder: Path, expected: Mapping[str, TensorInfo]) -> Manifest:
+    """Check a publication before an engine may see it.
+
+    Args:
+        folder: of the publication.
+        expected: the model's tensors.
+
+    Raises:
+        WeightsError: a tensor is missing, unknown, of another shape or dtype, or damaged.
+    """
+    manifest = Manifest.read(folder)
+    _compare(f"{folder}: manifest", manifest.tensors, expected)
+    _compare(f"{folder}: {WEIGHTS_FILE}", read_tensors(folder / WEIGHTS_FILE), expected)
+    damaged = [
+        n for n, h in hash_tensors(folder / WEIGHTS_FILE).items() if manifest.hashes.get(n) != h
+    ]
+    if damaged:
+        raise WeightsError(f"{folder}: {len(damaged)} tensors are damaged, first {damaged[0]}")
+    return manifest
+
+
+def _compare(
+    where: str, found: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo]
+) -> None:
+    for name in expected.keys() - found.keys():
+        raise WeightsError(
+            f"{where} lacks {name} and {len(expected.keys() - found.keys()) - 1} more tensors"
+        )
+    for name in found.keys() - expected.keys():
+        raise WeightsError(f"{where} has {name}, which the model does not have")
+    for name, info in found.items():
+        if info != expected[name]:
+            raise WeightsError(f"{where} has {name} as {info}, the model has {expected[name]}")
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Tensor entries of a safetensors file, and where its data begins."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > size - 8:
+                raise WeightsError(f"{file} is cut short: header of {length} bytes in {size}")
+            header = json.loads(opened.read(length))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{file} is no safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    data_end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if 8 + length + data_end > size:
+        raise WeightsError(
+            f"{file} is cut short: {size} bytes, its header promises {8 + length + data_end}"
+        )
+    return header, 8 + length

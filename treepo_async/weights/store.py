@@ -1,0 +1,106 @@
+"""The folder of publications: one write-once folder per policy version, the newest few kept.
+
+A publication appears by one rename, complete or not at all.
+"""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from safetensors import TensorSpec, serialize_file
+
+from treepo_async.types import PolicyVersion
+from treepo_async.weights.manifest import (
+    WEIGHTS_FILE,
+    Manifest,
+    Probe,
+    TensorInfo,
+    hash_bytes,
+)
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class NamedTensor(NamedTuple):
+    """A tensor as bytes, row-major."""
+
+    name: str
+    info: TensorInfo
+    data: bytes
+
+
+class WeightStore:
+    """Publications under one folder."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        """Open or create.
+
+        Args:
+            folder: of all publications.
+            keep: newest publications that are kept.
+        """
+        self.folder = folder
+        self._keep = keep
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def publish(
+        self,
+        version: PolicyVersion,
+        tensors: Iterable[NamedTensor],
+        *,
+        config_file: Path,
+        probe: Probe,
+        evaluate: bool,
+    ) -> Path:
+        """Write a publication and remove those that are too old. Gives its folder."""
+        held = {t.name: t for t in tensors}
+        temporary = self.folder / f".{version}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        shutil.copy(config_file, temporary / "config.json")
+        specs = {name: _spec(tensor) for name, tensor in held.items()}
+        serialize_file(specs, str(temporary / WEIGHTS_FILE), {"format": "pt"})
+        Manifest(
+            version=str(version),
+            tensors={name: t.info for name, t in held.items()},
+            hashes={name: hash_bytes(t.data) for name, t in held.items()},
+            probe=probe,
+            evaluate=evaluate,
+        ).write(temporary)
+        temporary.rename(self.path(version))
+        self._remove_old()
+        return self.path(version)
+
+    def path(self, version: PolicyVersion) -> Path:
+        """The folder of a version."""
+        return self.folder / str(version)
+
+    def versions(self) -> list[PolicyVersion]:
+        """Published versions, oldest first."""
+        names = (entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
+        return sorted(PolicyVersion.parse(name) for name in names)
+
+    def next_after(self, applied: PolicyVersion) -> PolicyVersion | None:
+        """The version to apply next: the newest one, but none to be evaluated is passed over."""
+        newer = [version for version in self.versions() if version > applied]
+        for version in newer:
+            if Manifest.read(self.path(version)).evaluate:
+                return version
+        return newer[-1] if newer else None
+
+    def _remove_old(self) -> None:
+        for version in self.versions()[: -self._keep]:
+            shutil.rmtree(self.path(version))
+
+
+def _spec(tensor: NamedTensor) -> TensorSpec:
+    """Points into `tensor.data`, which must outlive it."""
+    pointer = np.frombuffer(tensor.data, dtype=np.uint8).ctypes.data
+    return TensorSpec(
+        dtype=_DTYPES[tensor.info.dtype],
+        shape=list(tensor.info.shape),
+        data_ptr=pointer,
+        data_len=len(tensor.data),
+    )
