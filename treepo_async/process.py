@@ -56,6 +56,7 @@ def stop_child(child: subprocess.Popen[bytes], *, timeout_s: float) -> None:
     try:
         child.wait(timeout_s)
     except subprocess.TimeoutExpired:
+        family += descendants(child.pid)
         child.kill()
         child.wait()
     kill_all([(p.pid, p.create_time()) for p in family if p.is_running()])
@@ -90,12 +91,19 @@ def kill_all(processes: Sequence[tuple[int, float]]) -> int:
     return num_killed
 
 
-def record_family(file: Path, pid: int) -> None:
-    """Write the pids and create times of a process's descendants, for `kill_recorded`."""
+def record_family(file: Path, pid: int, *, without: int | None = None) -> None:
+    """Write the pids and create times of a process's descendants, for `kill_recorded`.
+
+    Args:
+        file: where to.
+        pid: whose descendants.
+        without: a descendant that is left out.
+    """
     rows = []
     for process in descendants(pid):
         try:
-            rows.append((process.pid, process.create_time()))
+            if process.pid != without:
+                rows.append((process.pid, process.create_time()))
         except psutil.NoSuchProcess:
             continue
     temporary = file.with_suffix(".tmp")

@@ -4,6 +4,7 @@ Axis letters: `P` prompt tokens, `S` segments, `L` leaves, `T` tokens. A tree is
 that grew it, and read by everybody else; nothing here does I/O or imports anything heavier than numpy.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -183,15 +184,19 @@ class Tree:
             raise TreeError("prompt.token_ids is empty: a tree needs at least one prompt token")
         if not self.segments:
             raise TreeError("segments is empty: a tree needs at least one segment")
-        _check_segments(self.segments, self.sampling.segment_tokens)
+        _check_sampling(self.sampling)
+        _check_segments(self.segments, self.sampling)
+        for leaf in self.leaves:
+            if self.segments[leaf].stop is None:
+                raise TreeError(f"segments[{leaf}].stop is None, but nothing continues the segment")
         for name in ("rewards_L", "accuracies_L"):
-            found = len(getattr(self, name))
-            if found != len(self.leaves):
+            values_L = getattr(self, name)
+            if len(values_L) != len(self.leaves):
                 raise TreeError(
-                    f"{name} has {found} values, the tree has {len(self.leaves)} leaves"
+                    f"{name} has {len(values_L)} values, the tree has {len(self.leaves)} leaves"
                 )
-        if np.isinf(self.rewards_L).any():
-            raise TreeError("rewards_L has an infinite value; a failed score is NaN")
+            if np.isinf(values_L).any():
+                raise TreeError(f"{name} has an infinite value; a failed score is NaN")
 
 
 def leaves_of(segments: tuple[Segment, ...]) -> tuple[int, ...]:
@@ -200,8 +205,18 @@ def leaves_of(segments: tuple[Segment, ...]) -> tuple[int, ...]:
     return tuple(i for i in range(len(segments)) if i not in parents)
 
 
-def _check_segments(segments: tuple[Segment, ...], segment_tokens: int) -> None:
-    ends: list[int] = []
+def _check_sampling(sampling: Sampling) -> None:
+    for name in ("segment_tokens", "max_depth", "width", "branching_factor"):
+        if getattr(sampling, name) < 1:
+            raise TreeError(f"sampling.{name} is {getattr(sampling, name)}, it must be at least 1")
+    if not 0 < sampling.temperature < math.inf:
+        raise TreeError(
+            f"sampling.temperature is {sampling.temperature}, it must be above 0 and finite"
+        )
+
+
+def _check_segments(segments: tuple[Segment, ...], sampling: Sampling) -> None:
+    segment_tokens, ends = sampling.segment_tokens, list[int]()
     for i, segment in enumerate(segments):
         if not ROOT <= segment.parent < i:
             raise TreeError(
@@ -229,6 +244,11 @@ def _check_segments(segments: tuple[Segment, ...], segment_tokens: int) -> None:
             raise TreeError(
                 f"segments[{i}].level is {segment.level}, but its tokens {start}..{ends[i] - 1} "
                 f"lie on a grid of {segment_tokens}"
+            )
+        if segment.level >= sampling.max_depth:
+            raise TreeError(
+                f"segments[{i}].level is {segment.level}, it must be below "
+                f"sampling.max_depth={sampling.max_depth}"
             )
 
 

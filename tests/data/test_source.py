@@ -3,7 +3,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_async.data.source import EndOfData, open_source
@@ -93,6 +93,7 @@ def test_a_prompt_depends_on_its_index_and_the_seed_alone(opened, train):
     forward = [opened(train).prompt(i) for i in range(400)]
     source = opened(train)
 
+    @settings(deadline=None)
     @given(st.integers(0, 399))
     def same(index):
         assert source.prompt(index).id == forward[index].id

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_async.data.tokenizer import TextTokenizer
@@ -44,6 +44,7 @@ def test_encode_and_render_give_what_transformers_gives(folder):
     (folder / "chat_template.jinja").write_text(CHATML)
     theirs, ours = AutoTokenizer.from_pretrained(folder), TextTokenizer.load(folder)
 
+    @settings(deadline=None)
     @given(
         st.text() | st.sampled_from(["1+5*7", "<|im_end|>", "{{ 3 }}", "a\n<b>'\"", "\\boxed{12}"])
     )

@@ -3,7 +3,6 @@
 import multiprocessing
 import socket
 from dataclasses import asdict
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,8 @@ from tests.oracle import random_tree
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
-LAYOUTS = ("tp", "pp", "dp")
+MICROBATCH_TOKENS = {"tp": 1, "pp": 1, "dp": 1, "dp-idle": 10**6}
+"""Per case: each tree a microbatch, or all trees in one, which leaves the other data-parallel rank a filler."""
 
 
 def free_port():
@@ -24,13 +24,12 @@ def free_port():
 
 
 def three_trees():
-    """An odd number of microbatches, so that data-parallel ranks need a filler."""
     rng = np.random.default_rng(6)
     trees = [random_tree(rng, temperature=0.9) for _ in range(3)]
     return trees, [rng.normal(size=len(tree.leaves)) for tree in trees]
 
 
-def two_updates(model_dir):
+def two_updates(model_dir, microbatch_tokens):
     """The results, the weights of this pipeline stage and the log-probs after two updates of one batch."""
     from treepo_async.learner.objective import LossSettings
     from treepo_async.learner.optimizer import OptimizerSettings
@@ -40,7 +39,7 @@ def two_updates(model_dir):
         model_dir,
         optimizer=OptimizerSettings(learning_rate=1e-2, epsilon=1e-5, max_grad_norm=0.1),
         loss=LossSettings(),
-        microbatch_tokens=1,
+        microbatch_tokens=microbatch_tokens,
         seed=3,
     )
     trees, advantages = three_trees()
@@ -61,20 +60,21 @@ def two_updates(model_dir):
 
 
 def run_rank(rank, ports, model_dirs, out):
-    """One of the two processes: every layout and model, one after another."""
+    """One of the two processes: every case and model, one after another."""
     torch.set_num_threads(1)
     from treepo_async.config.layout import Layout
     from treepo_async.learner.groups import close_groups, open_groups
 
-    for layout in LAYOUTS:
+    for case, microbatch_tokens in MICROBATCH_TOKENS.items():
         open_groups(
-            Layout(**{layout: 2}),
+            Layout(**{case[:2]: 2}),
             rank=rank,
-            address=f"127.0.0.1:{ports[layout]}",
+            address=f"127.0.0.1:{ports[case]}",
             timeout_s=30.0,
         )
         for path in model_dirs:
-            save_file(two_updates(path), out / f"{layout}-{path.name}-{rank}.safetensors")
+            found = two_updates(path, microbatch_tokens)
+            save_file(found, out / f"{case}-{path.name}-{rank}.safetensors")
         close_groups()
 
 
@@ -87,7 +87,7 @@ def two_ranks(tmp_path_factory):
     model_dirs = [out / "untied", out / "tied"]
     for path in model_dirs:
         tiny_qwen2(tied=path.name == "tied").save_pretrained(path)
-    ports = {layout: free_port() for layout in LAYOUTS}
+    ports = {case: free_port() for case in MICROBATCH_TOKENS}
     spawn = multiprocessing.get_context("spawn")
     ranks = [spawn.Process(target=run_rank, args=(r, ports, model_dirs, out)) for r in range(2)]
     for process in ranks:
@@ -101,10 +101,10 @@ def two_ranks(tmp_path_factory):
 
 @pytest.mark.usefixtures("groups")
 @pytest.mark.parametrize("name", ["untied", "tied"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_split_learner_makes_the_updates_of_a_whole_one(two_ranks, layout, name):
-    expected = two_updates(Path(two_ranks / name))
-    shares = [load_file(two_ranks / f"{layout}-{name}-{rank}.safetensors") for rank in range(2)]
+@pytest.mark.parametrize("case", MICROBATCH_TOKENS)
+def test_a_split_learner_makes_the_updates_of_a_whole_one(two_ranks, case, name):
+    expected = two_updates(two_ranks / name, MICROBATCH_TOKENS[case])
+    shares = [load_file(two_ranks / f"{case}-{name}-{rank}.safetensors") for rank in range(2)]
     for key in ("results", "logprobs"):
         whole = expected.pop(key)
         for share in shares:

@@ -1,7 +1,7 @@
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_async.scoring.boxed import boxed_end, last_boxed
@@ -20,6 +20,7 @@ FRAGMENTS = st.lists(
         ("\\boxed{1} and \\boxed{2}", "\\boxed{1}", "2"),
         ("\\boxed{1} and \\boxed{2", "\\boxed{1}", "1"),
         ("\\boxed{\\{1, 2\\}}", "\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{\\}3}", "\\boxed{\\}3}", "\\}3"),
         ("\\boxed{a\\\\}", "\\boxed{a\\\\}", "a\\\\"),
         ("\\\\boxed{7}", "\\\\boxed{7}", "7"),
         ("{ \\boxed{3}", "{ \\boxed{3}", "3"),
@@ -39,6 +40,7 @@ def test_text_without_a_complete_box_has_none(text):
     assert last_boxed(text) is None
 
 
+@settings(deadline=None)
 @given(FRAGMENTS, FRAGMENTS)
 def test_text_that_grows_keeps_its_first_box(text, more):
     end = boxed_end(text)
@@ -46,6 +48,7 @@ def test_text_that_grows_keeps_its_first_box(text, more):
         assert boxed_end(text + more) == end
 
 
+@settings(deadline=None)
 @given(FRAGMENTS)
 def test_the_first_box_ends_at_the_shortest_prefix_that_has_one(text):
     prefixes = [end for end in range(len(text) + 1) if last_boxed(text[:end]) is not None]

@@ -1,5 +1,6 @@
 import json
-import multiprocessing
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,15 +10,18 @@ from treepo_async.tiny.cache import prepare
 from treepo_async.tiny.recipe import DEFAULT_ARCHITECTURE, Recipe
 
 SHORT = Recipe(num_steps=3, batch_size=4, num_demonstrations=16, num_threads=1)
+PREPARE_SHORT = f"""
+import sys
+from pathlib import Path
+from treepo_async.tiny.cache import prepare
+from treepo_async.tiny.recipe import Recipe
+print(prepare(Path(sys.argv[1]), 0, recipe={SHORT!r}))
+"""
 
 
 def weights(folder):
     with safe_open(folder / "model.safetensors", "numpy") as file:
         return {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
-
-
-def prepare_short(cache_dir, folders):
-    folders.put(prepare(cache_dir, 0, recipe=SHORT))
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +90,15 @@ def test_a_half_built_folder_is_replaced(folder, tmp_path):
 
 
 def test_two_processes_preparing_at_once_end_with_one_good_folder(folder, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    folders = context.Queue()
-    processes = [context.Process(target=prepare_short, args=(tmp_path, folders)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    assert {folders.get(timeout=50) for _ in processes} == {tmp_path / folder.name}
-    for process in processes:
-        process.join(10)
+    command = [sys.executable, "-c", PREPARE_SHORT, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        printed = {process.communicate(timeout=50)[0].strip() for process in processes}
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert printed == {str(tmp_path / folder.name)}
     assert weights(tmp_path / folder.name) == weights(folder)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 

@@ -2,7 +2,7 @@ import re
 import subprocess
 import sys
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_async.tiny.task import (
@@ -27,6 +27,7 @@ def left_to_right(question):
     return value
 
 
+@settings(deadline=None)
 @given(SEEDS, INDICES, st.booleans())
 def test_the_answer_is_what_python_evaluates_and_reading_left_to_right_is_wrong(
     seed, index, heldout
@@ -37,6 +38,7 @@ def test_the_answer_is_what_python_evaluates_and_reading_left_to_right_is_wrong(
     assert 0 <= int(found.answer) <= MAX_VALUE
 
 
+@settings(deadline=None)
 @given(SEEDS, INDICES)
 def test_a_question_has_a_few_small_operands(seed, index):
     operands = re.split(r"[-+*]", problem(seed, index, heldout=False).question)
@@ -44,6 +46,7 @@ def test_a_question_has_a_few_small_operands(seed, index):
     assert all(1 <= int(operand) <= MAX_DIGIT for operand in operands)
 
 
+@settings(deadline=None)
 @given(SEEDS, SEEDS, INDICES, INDICES)
 def test_no_training_question_is_ever_held_out(seed, other_seed, index, other_index):
     training = problem(seed, index, heldout=False)
@@ -71,6 +74,7 @@ def test_different_seeds_and_indices_give_different_problems():
     assert len(questions) > 380
 
 
+@settings(deadline=None)
 @given(SEEDS, INDICES)
 def test_a_careful_demonstration_is_right_line_by_line(seed, index):
     shown = demonstration(seed, index, p_hurried=0.0, p_slip=0.0)
@@ -85,6 +89,7 @@ def test_a_careful_demonstration_is_right_line_by_line(seed, index):
             assert eval(line) == int(shown.problem.answer)
 
 
+@settings(deadline=None)
 @given(SEEDS, INDICES)
 def test_a_hurried_demonstration_reads_left_to_right(seed, index):
     shown = demonstration(seed, index, p_hurried=1.0, p_slip=0.0)

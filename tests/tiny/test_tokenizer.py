@@ -1,7 +1,7 @@
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_async.tiny.recipe import DEFAULT_ARCHITECTURE
@@ -18,6 +18,7 @@ TOKENIZER = build_tokenizer()
 PIECES = ["12", "7", "100", "\\boxed{", "*", "\n\n", "  ", "e\u0301", "don't", *SPECIAL_TOKENS]
 
 
+@settings(deadline=None)
 @given(st.text() | st.text("0123456789+-*=\n\\boxed{}"))
 def test_any_text_comes_back_in_normal_form_c(text):
     token_ids = TOKENIZER.encode(text).ids
@@ -51,6 +52,7 @@ def test_transformers_reads_the_folder_as_the_same_tokenizer(tmp_path):
     save_tokenizer(tmp_path, max_tokens=512)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
 
+    @settings(deadline=None)
     @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3)).map("".join))
     def same(text):
         token_ids = theirs(text, add_special_tokens=False)["input_ids"]

@@ -26,9 +26,15 @@ def test_the_learning_rate_rises_and_then_falls_to_its_floor():
 
 def test_a_few_steps_bring_the_loss_down():
     losses = []
-    num_threads = torch.get_num_threads()
     _, final = warm_start(SHORT, DEFAULT_ARCHITECTURE, 0, lambda step, n, loss: losses.append(loss))
     assert losses[0] == pytest.approx(6.0, abs=0.3)
     assert losses[-1] < 2.5
     assert final == pytest.approx(sum(losses[-50:]) / 50)
-    assert torch.get_num_threads() == num_threads
+
+
+def test_the_number_of_threads_is_put_back():
+    before, during = torch.get_num_threads(), []
+    recipe = replace(SHORT, num_steps=1, num_threads=before + 1)
+    warm_start(recipe, DEFAULT_ARCHITECTURE, 0, lambda *_: during.append(torch.get_num_threads()))
+    assert during == [before + 1]
+    assert torch.get_num_threads() == before

@@ -30,13 +30,13 @@ def prepare_model(
             f"model.path={path} is no folder, not 'tiny', and no hub id of the form owner/name"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(
             snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"])
         )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"model.path={path} cannot be downloaded: {error}; give a local folder"
         ) from error

@@ -24,10 +24,11 @@ class RayCluster:
 
     ray: Any
     record_file: Path
+    reaper_pid: int
 
     def record(self) -> None:
         """Write down the pids of the run, for whoever must clean up after a killed driver."""
-        record_family(self.record_file, os.getpid())
+        record_family(self.record_file, os.getpid(), without=self.reaper_pid)
 
 
 @contextlib.contextmanager
@@ -45,12 +46,16 @@ def ray_cluster(address: str | None, *, cache_dir: Path, num_roles: int) -> Iter
     record = records / f"{os.getpid()}.json"
     # short, because the paths of Ray's sockets may have 107 bytes at most
     temporary = Path("/tmp") / f"treepo-{secrets.token_hex(3)}"
+    _keep_files_here(temporary, cache_dir)
+    _make_importable()
     watcher = reaper.start(record, temporary)
-    ray = _connect(address, cache_dir=cache_dir, temporary=temporary, num_roles=num_roles)
     try:
-        yield RayCluster(ray, record)
+        ray = _connect(address, cache_dir=cache_dir, temporary=temporary, num_roles=num_roles)
+        try:
+            yield RayCluster(ray, record, watcher.pid)
+        finally:
+            ray.shutdown()
     finally:
-        ray.shutdown()
         kill_recorded(record)
         if watcher.stdin is not None:
             watcher.stdin.close()
@@ -63,15 +68,28 @@ def reap_killed_runs(records: Path) -> int:
     return sum(kill_recorded(file) for file in dead)
 
 
-def _connect(address: str | None, *, cache_dir: Path, temporary: Path, num_roles: int) -> Any:
+def _keep_files_here(temporary: Path, cache_dir: Path) -> None:
+    """Have the processes of the run write nowhere else: temporary files go with Ray's, caches into ours."""
+    temporary.mkdir(mode=0o700)
+    os.environ["TMPDIR"] = str(temporary)
+    os.environ.setdefault("SGLANG_CACHE_DIR", str(cache_dir.resolve() / "sglang"))
+
+
+def _make_importable() -> None:
+    """Let the processes of the run import this package wherever the driver was started."""
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
+
+
+def _connect(address: str | None, *, cache_dir: Path, temporary: Path, num_roles: int) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray's workers run at nice 15 by default, and an engine below them would too
     os.environ.setdefault("RAY_worker_niceness", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file(cache_dir)))
+    if address is None:
+        # before the import: Ray reads both when it is loaded
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file(cache_dir)))
     import ray
 
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

@@ -15,6 +15,7 @@ from pathlib import Path
 from treepo_async.process import kill_recorded
 
 GRACE_S = 3.0
+REMOVE_S = 10.0
 
 
 def start(record: Path, temporary: Path) -> "subprocess.Popen[bytes]":
@@ -45,7 +46,15 @@ def main(record: Path, temporary: Path) -> None:
     if record.exists():
         time.sleep(GRACE_S)
         kill_recorded(record)
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove(temporary)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder in which processes that were just killed may still be writing."""
+    deadline = time.monotonic() + REMOVE_S
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

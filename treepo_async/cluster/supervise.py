@@ -25,6 +25,8 @@ REPORT_TIMEOUT_S = 60.0
 QUIET_S = 30.0
 """After this long without a line, the driver says what is waited for."""
 RECORD_S = 5.0
+SETTLE_S = 5.0
+"""How long the end of a run waits for the engine to tell of the last weights."""
 
 
 class StoppedError(KeyboardInterrupt):
@@ -116,10 +118,13 @@ class Supervisor:
         return reports
 
     def _is_over(self, done_at: float | None) -> bool:
+        """Whether the learner is done and nothing is to come: no evaluation, no word of the last weights."""
         if done_at is None:
             return False
-        evaluated = not self.rules.evaluates or self._evaluated_step >= (self._num_steps_done or 0)
-        return evaluated or time.monotonic() - done_at > self.rules.eval_timeout_s
+        waited = time.monotonic() - done_at
+        if self.rules.evaluates and self._evaluated_step < (self._num_steps_done or 0):
+            return waited > self.rules.eval_timeout_s
+        return self._held_step is None or waited > SETTLE_S
 
     def _check_start(self) -> None:
         missing = [spec.name for spec in self.plan.roles if spec.name not in self._ready]

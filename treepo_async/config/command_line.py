@@ -3,8 +3,10 @@
 Later words win over earlier ones, words over YAML, YAML over the defaults in `schema`.
 """
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -21,6 +23,9 @@ SHORT_FORMS = {"learner": "learner.layout", "model": "model.path", "data": "data
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
+_KEYS = tuple(key for key, _ in knobs(Config))
+_SECTIONS = {key.partition(".")[0] for key in _KEYS if "." in key}
+
 
 def parse(words: Sequence[str]) -> Config:
     """Read the command line's words into a validated config.
@@ -35,10 +40,13 @@ def parse(words: Sequence[str]) -> Config:
     merged = OmegaConf.structured(Config)
     files, dotlist = _split(words)
     for file in files:
-        merged = _merge(merged, _load_yaml(file), source=str(file))
+        with _blaming(str(file)):
+            merged = _merge(merged, _load_yaml(file), source=str(file))
     for word in dotlist:
-        merged = _merge(merged, OmegaConf.from_dotlist([word]), source=word)
-    config = cast("Config", OmegaConf.to_object(merged))
+        with _blaming(word):
+            merged = _merge(merged, OmegaConf.from_dotlist([word]), source=word)
+    with _blaming("config"):
+        config = cast("Config", OmegaConf.to_object(merged))
     validate(config)
     return config
 
@@ -61,8 +69,7 @@ def describe() -> str:
     """The `--help` text: every key, its default and what it means."""
     lines = ["usage: python launch/run.py [config=NAME|FILE] [key=value ...] [--dry-run]", ""]
     for key, knob in knobs(Config):
-        default = "none" if knob.default is None else repr(knob.default)
-        lines.append(f"  {key + '=' + default:<44} {knob.metadata['help']}")
+        lines.append(f"  {key + '=' + json.dumps(knob.default):<44} {knob.metadata['help']}")
     lines += [
         "",
         "short forms: " + ", ".join(f"{k}=... is {v}=..." for k, v in SHORT_FORMS.items()),
@@ -93,27 +100,41 @@ def _find_yaml(name: str) -> Path:
 
 
 def _load_yaml(file: Path) -> DictConfig:
-    try:
-        loaded = OmegaConf.load(file)
-    except YAMLError as error:
-        raise ConfigError(f"{file} is not YAML: {error}") from error
+    loaded = OmegaConf.load(file)
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{file} holds no mapping of keys to values")
     return loaded
 
 
 def _merge(base: DictConfig, update: DictConfig, *, source: str) -> DictConfig:
+    for key, value in update.items():
+        # OmegaConf's own message for a section set to a value does not name the key
+        if key in _SECTIONS and not isinstance(value, DictConfig):
+            raise ConfigError(f"{source}: {_explain(str(key), '')}")
+    return cast("DictConfig", OmegaConf.merge(base, update))
+
+
+@contextlib.contextmanager
+def _blaming(source: str) -> Iterator[None]:
+    """Tell what the config libraries raise inside as a ConfigError of `source`."""
     try:
-        return cast("DictConfig", OmegaConf.merge(base, update))
+        yield
     except OmegaConfBaseException as error:
         reason = (error.msg or str(error)).splitlines()[0]
-        raise ConfigError(f"{source}: {_explain(reason, error.full_key or '')}") from error
+        raise ConfigError(f"{source}: {_explain(error.full_key or '', reason)}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} is not YAML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{source} cannot be read: {error.strerror}") from error
 
 
-def _explain(reason: str, key: str) -> str:
-    known = [name for name, _ in knobs(Config)]
-    if key in known:
-        return reason
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else "see --help for the keys"
+def _explain(key: str, reason: str) -> str:
+    if key in _KEYS:
+        return f"{key}: {reason}"
+    if key in _SECTIONS:
+        example = next(known for known in _KEYS if known.startswith(f"{key}."))
+        return f"{key} is a section, set one of its keys, e.g. {example}; see --help"
+    same_name = [known for known in _KEYS if known.rpartition(".")[2] == key]
+    close = same_name or difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}?" if close else "see --help for the keys"
     return f"unknown key {key}; {hint}" if key else reason

@@ -6,6 +6,9 @@ from typing import Any
 from treepo_async.config.schema import Config
 from treepo_async.errors import ConfigError
 
+SPARE_TOKENS = 2
+"""SGLang returns two tokens fewer than asked for when prompt and response fill the context exactly."""
+
 
 def response_limit(config: Config) -> int:
     """Most response tokens of a trajectory."""
@@ -24,12 +27,11 @@ def context_length(config: Config, model: Mapping[str, Any]) -> int:
         ConfigError: the model cannot hold the wanted length.
     """
     most = int(model["max_position_embeddings"])
-    wanted = config.engine.context_length or min(
-        most, config.data.max_prompt_tokens + response_limit(config)
-    )
+    room = config.data.max_prompt_tokens + response_limit(config) + SPARE_TOKENS
+    wanted = config.engine.context_length or min(most, room)
     if wanted > most:
         raise ConfigError(f"engine.context_length={wanted} is above the model's {most} positions")
-    if wanted <= response_limit(config):
+    if wanted <= response_limit(config) + SPARE_TOKENS:
         raise ConfigError(
             f"responses of up to {response_limit(config)} tokens (tree.segment_tokens * tree.max_depth) leave no "
             f"room for a prompt in {wanted} tokens of context; lower tree.max_depth or tree.max_response_tokens"
@@ -39,6 +41,5 @@ def context_length(config: Config, model: Mapping[str, Any]) -> int:
 
 def prompt_limit(config: Config, model: Mapping[str, Any]) -> int:
     """Most prompt tokens: what the context leaves beside a full response."""
-    return min(
-        config.data.max_prompt_tokens, context_length(config, model) - response_limit(config)
-    )
+    room = context_length(config, model) - response_limit(config) - SPARE_TOKENS
+    return min(config.data.max_prompt_tokens, room)

@@ -113,11 +113,13 @@ class EngineConfig:
     """The SGLang server."""
 
     max_total_tokens: int | None = knob(
-        32768, "tokens of KV cache; none: SGLang sizes it from free memory"
+        32768, "tokens of KV cache; null: SGLang sizes it from free memory", at_least=1
     )
     max_running_requests: int = knob(64, "requests decoded together", at_least=1)
     context_length: int | None = knob(
-        None, "default: data.max_prompt_tokens + the response limit, at most the model's"
+        None,
+        "default: data.max_prompt_tokens + the response limit, at most the model's",
+        at_least=1,
     )
     start_timeout_s: float = knob(300.0, "from process start to healthy", above=0)
     request_timeout_s: float = knob(120.0, "one generate request", above=0)

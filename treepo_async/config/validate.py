@@ -1,5 +1,6 @@
 """The checks a config must pass before anything heavy is imported. All failures are told at once."""
 
+import math
 from collections.abc import Iterator
 from operator import attrgetter
 
@@ -24,6 +25,8 @@ def _check_values(config: Config) -> Iterator[str]:
         value, bounds = attrgetter(key)(config), knob.metadata
         if value is None:
             continue
+        if isinstance(value, float) and not math.isfinite(value):
+            yield f"{key}={value} must be a finite number"
         if bounds["choices"] and value not in bounds["choices"]:
             yield f"{key}={value} is not one of {', '.join(bounds['choices'])}"
         if bounds["at_least"] is not None and value < bounds["at_least"]:
@@ -39,11 +42,12 @@ def _check_combinations(config: Config) -> Iterator[str]:
             f"tree.first_fork_min={tree.first_fork_min}, tree.first_fork_max={tree.first_fork_max} and "
             f"tree.width={tree.width} must not decrease in this order"
         )
-    if not 0 <= learner.clip_low < 1:
-        yield f"learner.clip_low={learner.clip_low} must be at least 0 and below 1"
+    for name in ("clip_low", "beta1", "beta2"):
+        if not 0 <= getattr(learner, name) < 1:
+            yield f"learner.{name}={getattr(learner, name)} must be at least 0 and below 1"
     if config.reward.correct <= config.reward.wrong:
         yield f"reward.correct={config.reward.correct} must be above reward.wrong={config.reward.wrong}"
-    if (config.model.path == "tiny") != (config.data.path == "tiny") and config.data.path == "tiny":
+    if config.data.path == "tiny" and config.model.path != "tiny":
         yield f"data=tiny is the built-in task of model=tiny; give model={config.model.path} its own data=FILE"
     yield from _check_layout(learner.layout)
 

@@ -37,7 +37,7 @@ async def main(wiring: Wiring) -> None:
             await host.run()
         finally:
             keeper.shut()
-            await server.stop(timeout_s=config.cluster.stop_timeout_s / 2)
+            await server.stop()
 
 
 def _server_options(config: Config, wiring: Wiring) -> ServerOptions:

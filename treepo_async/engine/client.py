@@ -6,6 +6,8 @@ gate (see `gate`) and for each answer (`request_timeout_s`; SGLang answers, or i
 """
 
 import asyncio
+import contextlib
+import json
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ import aiohttp
 import numpy as np
 
 from treepo_async.engine.gate import GateClient
-from treepo_async.errors import EngineError
+from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.tree.cut import Run, VersionSpan
 from treepo_async.types import PolicyVersion
 
@@ -23,6 +25,7 @@ T = TypeVar("T")
 
 MAX_ATTEMPTS = 3
 RETRY_S = 0.5
+ABORT_TIMEOUT_S = 5.0
 WARM_TOKENS = 128
 """From this prefix length on, one request fills the prefix cache before n others fork from it; a shorter prefix is
 prefilled n times in less than a round trip."""
@@ -121,6 +124,8 @@ class EngineClient:
             try:
                 async with self._gate.passage(least_step) as version:
                     return await self._request(prefix, max_new_tokens, sampling, version)
+            except DeadlineError:
+                raise
             except (aiohttp.ClientError, EngineError, TimeoutError) as error:
                 if attempt == MAX_ATTEMPTS:
                     raise EngineError(
@@ -155,23 +160,26 @@ class EngineClient:
             async with self._session.post(
                 f"{self._url}/generate", json=body, timeout=self._timeout
             ) as answer:
-                if answer.status != 200:
-                    raise EngineError(
-                        f"SGLang answered {answer.status}: {(await answer.text())[:300]}"
-                    )
-                found = await answer.json()
-        except asyncio.CancelledError:
+                raw = await answer.read()
+        except (asyncio.CancelledError, TimeoutError):
             await self._abort(request_id)
             raise
-        return _completion(found, version, wall_s=clock() - begin)
+        if answer.status != 200:
+            raise EngineError(f"SGLang answered {answer.status}: {raw[:300]!r}")
+        try:
+            return _completion(json.loads(raw), version, wall_s=clock() - begin)
+        except (KeyError, TypeError, ValueError) as error:
+            raise EngineError(f"SGLang's answer cannot be used: {error!r}") from error
 
     async def _abort(self, request_id: str) -> None:
         """Stop a request in the engine; without this it would decode to its end for nobody."""
-        body = {"rid": request_id}
-        async with self._session.post(
-            f"{self._url}/abort_request", json=body, timeout=self._timeout
-        ):
-            pass
+        timeout = aiohttp.ClientTimeout(total=ABORT_TIMEOUT_S)
+        # a server that cannot be told has nothing to stop, and its error must not hide why this was called
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with self._session.post(
+                f"{self._url}/abort_request", json={"rid": request_id}, timeout=timeout
+            ):
+                pass
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
@@ -198,6 +206,8 @@ def _completion(answer: dict[str, Any], version: PolicyVersion, *, wall_s: float
         raise EngineError(f"sampled under {spans}, but submitted under {version}")
     token_ids = np.array(answer["output_ids"], dtype=np.int32)
     logprobs = np.array([row[0] for row in meta["output_token_logprobs"]], dtype=np.float32)
+    if not np.isfinite(logprobs).all():
+        raise EngineError("SGLang gave log-probs that are not finite")
     return Completion(
         run=Run(token_ids, logprobs, spans),
         prefix_tokens=meta["prompt_tokens"],

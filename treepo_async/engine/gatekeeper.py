@@ -51,8 +51,14 @@ class GateKeeper:
             await self._handle(peer, message)
 
     async def open(self, version: PolicyVersion, *, evaluate: bool, hold_s: float) -> None:
-        """Let requests in under a version; one to be evaluated is held for at most `hold_s`."""
-        self._hold_until = time.monotonic() + hold_s if evaluate else 0.0
+        """Let requests in under a version; one to be evaluated is held for at most `hold_s`.
+
+        A version that is opened again, after a restart of its server, stays held as long as it was.
+        """
+        if evaluate:
+            self._hold_until = time.monotonic() + hold_s
+        elif version != PolicyVersion(self._gate.lineage, self._gate.step):
+            self._hold_until = 0.0
         await self._announce(is_open=True, version=version, evaluate=evaluate)
 
     async def close(self) -> None:

@@ -6,7 +6,6 @@ sglang.
 
 import asyncio
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from typing import Any
 
 import aiohttp
 
-from treepo_async.cpu.environment import cuda_present, environment
+from treepo_async.cpu.environment import cuda_present, environment, server_command
 from treepo_async.errors import EngineError
 from treepo_async.process import start_child, stop_child
 
 POLL_S = 0.1
+STOP_S = 3.0
+"""A server that is told to end drains its requests first; beyond this it is killed. It has nothing to lose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def command(
         }
         switches += ["--disable-cuda-graph", "--disable-overlap-schedule"]
     pairs = [str(word) for flag in flags.items() for word in flag]
-    return [sys.executable, "-m", "sglang.launch_server", *pairs, *switches]
+    return [*server_command(cuda), *pairs, *switches]
 
 
 class Server:
@@ -112,11 +113,11 @@ class Server:
         """Whether the process runs."""
         return self._child is not None and self._child.poll() is None
 
-    async def stop(self, *, timeout_s: float) -> None:
-        """End it: by SIGTERM, then SIGKILL at the deadline."""
+    async def stop(self) -> None:
+        """End it: by SIGTERM, then SIGKILL after `STOP_S`."""
         if self._child is not None:
             # stop_child waits; in a thread, so that peers are still answered meanwhile
-            await asyncio.to_thread(stop_child, self._child, timeout_s=timeout_s)
+            await asyncio.to_thread(stop_child, self._child, timeout_s=STOP_S)
             self._child = None
 
     def log_tail(self, lines: int = 30) -> str:

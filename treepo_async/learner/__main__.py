@@ -82,6 +82,7 @@ def _worker(config: Config, wiring: Wiring, replay: BlockingRequester) -> Worker
             whiten=settings.whiten,
             eval_every=config.eval.every,
             batch_timeout_s=settings.batch_timeout_s,
+            gap_alarm=config.metrics.gap_alarm,
             dtype=getattr(torch, config.model.dtype),
         ),
     )
@@ -96,7 +97,8 @@ def _save_model(wiring: Wiring, num_steps: int) -> Path | None:
     for pattern in COPIED:
         for file in Path(wiring.model_dir).glob(pattern):
             shutil.copy(file, folder)
-    shutil.copy(wiring.weights_dir / f"0.{num_steps}" / "model.safetensors", folder)
+    weights = wiring.weights_dir / f"0.{num_steps}" / "model.safetensors"
+    shutil.copyfile(weights, folder / weights.name)
     return folder
 
 

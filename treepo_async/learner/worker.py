@@ -43,6 +43,8 @@ class WorkerRules:
     whiten: bool
     eval_every: int
     batch_timeout_s: float
+    gap_alarm: float
+    """Largest log-prob difference to the engine that passes without an alarm, in nats."""
     dtype: torch.dtype
 
 
@@ -84,7 +86,7 @@ class Worker:
         with self._ledger("train"):
             advantages = batch_advantages(trees, self._rules.estimator, whitened=self._rules.whiten)
             result = self._learner.train(trees, advantages, version=trained_from)
-        self._check_skipped(result, step)
+        self._check(result, step)
         with self._ledger("publish"):
             self._publish(step, trees)
         emit(
@@ -135,10 +137,19 @@ class Worker:
         # the publication is on disk, so nothing would train these trees again
         self._replay.ask(Retired(step=step), timeout_s=REPLY_TIMEOUT_S, wait="an answer to Retired")
 
-    def _check_skipped(self, result: StepResult, step: int) -> None:
-        self._num_skipped = self._num_skipped + 1 if result.skipped else 0
+    def _check(self, result: StepResult, step: int) -> None:
+        """Alarm a step whose numbers should not be, and end the run when updates keep failing."""
+        # a step without tokens of the current version has a gap of NaN, which is above nothing
+        if result.logprob_gap_max > self._rules.gap_alarm:
+            emit(
+                "alarm",
+                alarm="engine and learner log-probs differ on sampled tokens",
+                step=step,
+                gap=result.logprob_gap_max,
+            )
         if result.skipped:
             emit("alarm", alarm="update skipped: loss or gradient not finite", step=step)
+        self._num_skipped = self._num_skipped + 1 if result.skipped else 0
         if self._num_skipped >= MAX_SKIPPED:
             raise TreepoError(
                 f"{MAX_SKIPPED} updates in a row had a loss or gradient that is not finite; lower learner.lr"

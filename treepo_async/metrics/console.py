@@ -36,8 +36,8 @@ def eval_line(event: Record) -> str:
 def alarm_line(role: str, event: Record) -> str:
     """An alarm in one line."""
     details = {k: v for k, v in event.items() if k not in ("event", "alarm")}
-    text = "  ".join(f"{key}={str(value).splitlines()[0]}" for key, value in details.items())
-    return f"ALARM {role}: {event['alarm']}  {text}"
+    texts = (f"{key}={next(iter(str(value).splitlines()), '')}" for key, value in details.items())
+    return "  ".join([f"ALARM {role}: {event['alarm']}", *texts])
 
 
 def _number(value: float | None, form: str) -> str:

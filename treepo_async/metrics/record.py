@@ -91,7 +91,8 @@ class Recorder:
         record["idle/learner"] = seconds.get("wait_batch", 0.0) / seconds["wall"]
         record["idle/engine"] = _share(self._samples["idle"], self._samples["all"])
         record |= {f"leases/{name}": value for name, value in event["replay"].items()}
-        self.__init__()  # type: ignore[misc]
+        for counter in (self._trees, self._outcomes, self._samples):
+            counter.clear()
         return record
 
     def _sampling(self) -> dict[str, Any]:

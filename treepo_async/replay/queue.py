@@ -121,19 +121,33 @@ class Queue:
             self._take_back(entry, "lease_expired")
         return silent
 
+    def is_leased(self, lease_id: str, attempt: int) -> bool:
+        """Whether an actor works on this attempt."""
+        entry = self._live.get(lease_id)
+        return entry is not None and entry.state is State.LEASED and entry.attempt == attempt
+
     def give_up(self, lease_id: str, attempt: int, reason: str) -> None:
         """An actor failed on a lease; late words about an older attempt change nothing."""
-        entry = self._live.get(lease_id)
-        if entry is not None and entry.state is State.LEASED and entry.attempt == attempt:
-            self._take_back(entry, reason)
+        if self.is_leased(lease_id, attempt):
+            self._take_back(self._live[lease_id], reason)
+
+    def hand_back(self, lease_id: str, attempt: int) -> None:
+        """The lease did not reach its actor: another gets it, and the attempt does not count."""
+        if self.is_leased(lease_id, attempt):
+            entry = self._live[lease_id]
+            entry.state = State.WAITING
+            entry.attempt -= 1
 
     # ---------------------------------------------------------------- trees
 
-    def accept(self, lease_id: str, *, oldest_step: int, has_spread: bool, is_scored: bool) -> str:
+    def accept(
+        self, lease_id: str, attempt: int, *, oldest_step: int, has_spread: bool, is_scored: bool
+    ) -> str:
         """Decide on a tree.
 
         Args:
             lease_id: of the prompt; any attempt may deliver, the first one counts.
+            attempt: the one that delivers.
             oldest_step: lowest policy step among its segments.
             has_spread: whether its leaves differ in accuracy.
             is_scored: whether any leaf has a reward.
@@ -142,7 +156,8 @@ class Queue:
             `accepted`, `duplicate`, or the reason for which it was dropped.
 
         Raises:
-            RefusedError: the lease is unknown, or the tree too old for it (the lease then waits for another).
+            RefusedError: the lease is unknown, or the tree too old for it. The lease then waits for another actor,
+                unless one works on a later attempt already.
         """
         entry = self.entries.get(lease_id)
         if entry is None:
@@ -150,7 +165,7 @@ class Queue:
         if lease_id not in self._live or entry.state is State.ACCEPTED:
             return "duplicate"
         if oldest_step < (least := self.least_step(lease_id)):
-            self._take_back(entry, "stale")
+            self.give_up(lease_id, attempt, "stale")
             raise RefusedError(
                 "stale", f"policy step {oldest_step}, lease {lease_id} needs {least}", retry=False
             )
@@ -229,9 +244,9 @@ class Queue:
         assert live == list(self._live), "live entries in lease order"
         allowed = (self.published + self.rules.max_staleness + 1) * self.rules.prompts_per_batch
         assert len(self._live) + self._num_consumed <= allowed, "admission bound"
-        assert all(1 <= e.attempt <= self.rules.max_attempts for e in self.entries.values()), (
-            "attempts"
-        )
+        for entry in self.entries.values():
+            least = 0 if entry.state is State.WAITING else 1
+            assert least <= entry.attempt <= self.rules.max_attempts, "attempts"
 
     # ---------------------------------------------------------------- inside
 

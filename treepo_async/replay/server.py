@@ -44,6 +44,8 @@ from treepo_async.wire.messages import (
 from treepo_async.wire.sockets import Router
 
 TICK_S = 0.25
+MAX_WAIT_S = 60.0
+"""No asker is kept waiting longer, whatever it asks for."""
 FRAMES_PER_TREE = 2 + len(ARRAYS)
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,8 @@ class ReplayServer:
     run_id: str
     vocab_size: int
     _waiting: dict[tuple[bytes, int], _Waiting] = field(default_factory=dict)
+    _granted: dict[tuple[bytes, int], Leased] = field(default_factory=dict)
+    """Leases that are out, by the request they answered: a request sent twice must not take two."""
 
     async def run(self) -> None:
         """Serve for ever."""
@@ -87,6 +91,11 @@ class ReplayServer:
             await asyncio.sleep(TICK_S)
             for entry in self.queue.expire(time.monotonic()):
                 emit("alarm", alarm="lease expired", lease=entry.lease_id, state=str(entry.state))
+            self._granted = {
+                key: lease
+                for key, lease in self._granted.items()
+                if self.queue.is_leased(lease.lease_id, lease.attempt)
+            }
             await self._serve_waiting()
 
     def _answer(self, peer: bytes, frames: Sequence[bytes]) -> Message | None:
@@ -110,8 +119,11 @@ class ReplayServer:
         self, peer: bytes, message: AnyMessage, attachment: Sequence[bytes]
     ) -> Message | None:
         match message:
+            case AskLease() if (peer, message.request) in self._granted:
+                return self._granted[peer, message.request]
             case AskLease() | AskBatch():
-                deadline = time.monotonic() + message.wait_s
+                # in this order a wait that is not a number becomes the longest one
+                deadline = time.monotonic() + min(MAX_WAIT_S, message.wait_s)
                 self._waiting.setdefault((peer, message.request), _Waiting(peer, message, deadline))
                 return None
             case Beat():
@@ -141,10 +153,16 @@ class ReplayServer:
             )
 
     def _put(self, message: PutTree, attachment: Sequence[bytes]) -> str:
-        """Check, store, then decide: a tree is acknowledged only after it is in the spool."""
-        tree = decode_tree(attachment, vocab_size=self.vocab_size)
+        """Check, decide, then store: a tree is acknowledged only after it is in the spool."""
+        try:
+            tree = decode_tree(attachment, vocab_size=self.vocab_size)
+            self._check_claims(message, tree)
+        except WireError:
+            self.queue.give_up(message.lease_id, message.attempt, "invalid")
+            raise
         outcome = self.queue.accept(
             message.lease_id,
+            message.attempt,
             oldest_step=min(s.policy_version.step for s in tree.segments),
             has_spread=has_spread(tree),
             is_scored=bool(np.isfinite(tree.rewards_L).any()),
@@ -154,27 +172,55 @@ class ReplayServer:
         _report(tree, outcome)
         return outcome
 
+    def _check_claims(self, message: PutTree, tree: Tree) -> None:
+        """What a tree says of itself must fit its lease and what has been published."""
+        if tree.provenance.lease_id != message.lease_id:
+            raise WireError(
+                f"provenance.lease_id is {tree.provenance.lease_id}, delivered for {message.lease_id}"
+            )
+        # the learner publishes a moment before it says so
+        known = self.queue.published + 1
+        newest = max(s.policy_version.step for s in tree.segments)
+        if newest > known:
+            raise WireError(f"step_S has {newest}, but policy step {known} is the newest there is")
+
     async def _serve_waiting(self) -> None:
         for key, waiting in list(self._waiting.items()):
+            if key not in self._waiting:
+                continue
             answer, attachment = self._try(waiting)
-            if answer is not None:
-                del self._waiting[key]
-                await self.router.send(waiting.peer, answer, attachment)
+            if answer is None:
+                continue
+            del self._waiting[key]
+            was_sent = await self.router.send(waiting.peer, answer, attachment)
+            if isinstance(answer, Leased):
+                self._after_lease(key, answer, was_sent=was_sent)
+
+    def _after_lease(self, key: tuple[bytes, int], lease: Leased, *, was_sent: bool) -> None:
+        """Remember a lease that went out; nothing more is handed to a peer that could not be reached."""
+        if was_sent:
+            self._granted[key] = lease
+            return
+        self.queue.hand_back(lease.lease_id, lease.attempt)
+        for other in [other for other in self._waiting if other[0] == key[0]]:
+            del self._waiting[other]
 
     def _try(self, waiting: _Waiting) -> tuple[Message | None, list[bytes]]:
+        """What was asked for, or at the deadline what is missing; None before it."""
         message = waiting.message
+        attachment: list[bytes] = []
         if isinstance(message, AskLease):
-            found: Message | None = self._lease(message)
-            missing: Message = NoLease(
-                request=message.request, reason="admission: the learner is behind"
-            )
-            attachment: list[bytes] = []
+            found = self._lease(message)
         else:
             found, attachment = self._batch(message)
-            missing = NoBatch(request=message.request, reason=self.queue.missing())
         if found is None and time.monotonic() > waiting.deadline:
-            found = missing
+            found = self._missing(message)
         return found, attachment
+
+    def _missing(self, message: AskLease | AskBatch) -> Message:
+        if isinstance(message, AskLease):
+            return NoLease(request=message.request, reason="admission: the learner is behind")
+        return NoBatch(request=message.request, reason=self.queue.missing())
 
     def _lease(self, message: AskLease) -> Message | None:
         """A lease on the next prompt that can be used."""

@@ -28,11 +28,11 @@ def advantages(tree: Tree, estimator: str = "treepo") -> Float64:
     """
     if estimator != "treepo":
         raise ConfigError(f"learner.estimator={estimator} is not one of treepo")
-    groups = _groups(tree)
+    groups, rewards_L = _groups(tree), tree.rewards_L.astype(np.float64)
     result = np.full(len(tree.leaves), np.nan)
-    for leaf, reward in enumerate(tree.rewards_L):
+    for leaf, reward in enumerate(rewards_L):
         terms = [
-            float(reward) - (float(np.mean(tree.rewards_L[members])) if len(members) > 1 else 0.0)
+            reward - (np.mean(rewards_L[members]) if len(members) > 1 else 0.0)
             for level, members in enumerate(groups[leaf])
             if level == 0 or len(members) > 1
         ]
@@ -47,7 +47,8 @@ def whiten(
     """Advantages of a batch of trees to mean 0 and variance 1 over its trajectory tokens.
 
     Each leaf counts with its response tokens, so that a token shared by k trajectories counts k times; the
-    variance has the N - 1 of REINFORCE++ and 1e-8 is added to it. NaN stays NaN and does not count.
+    variance has the N - 1 of REINFORCE++ and 1e-8 is added to it. NaN stays NaN and does not count. A batch of
+    fewer than two tokens has no variance and is given back as it is.
 
     Args:
         advantages_L: per tree, [L].
@@ -71,9 +72,12 @@ def batch_advantages(trees: Sequence[Tree], estimator: str, *, whitened: bool) -
 
 
 def has_spread(tree: Tree) -> bool:
-    """Whether its leaves differ in accuracy; a lone leaf counts as spread (TreePO's dynamic sampling)."""
+    """Whether its leaves differ in accuracy (TreePO's dynamic sampling).
+
+    A lone leaf counts as spread. Leaves whose scoring failed do not count; with none left there is no spread.
+    """
     known = tree.accuracies_L[np.isfinite(tree.accuracies_L)]
-    return len(tree.leaves) == 1 or (len(known) > 0 and bool(known.max() > known.min()))
+    return len(known) > 0 and (len(tree.leaves) == 1 or bool(known.max() > known.min()))
 
 
 def _groups(tree: Tree) -> list[list[list[int]]]:

@@ -1,5 +1,6 @@
 """From what the engine returned to segments: cut at grid multiples and at version boundaries."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,14 +28,12 @@ class Run:
     """Their lengths sum to T."""
 
     def __post_init__(self) -> None:
-        lengths = {
-            len(self.token_ids),
-            len(self.behavior_logprobs),
-            sum(s.num_tokens for s in self.spans),
-        }
-        if len(lengths) != 1:
+        num_tokens, num_logprobs = len(self.token_ids), len(self.behavior_logprobs)
+        num_spanned = sum(s.num_tokens for s in self.spans)
+        if not num_tokens == num_logprobs == num_spanned:
             raise ValueError(
-                f"a run's tokens, log-probs and version spans disagree in length: {lengths}"
+                f"a run has {num_tokens} tokens, {num_logprobs} log-probs and version spans over "
+                f"{num_spanned} tokens; the three must agree"
             )
 
     def __len__(self) -> int:
@@ -73,9 +72,7 @@ def cut(
         A chain of segments; only the last one carries `stop`.
     """
     segments: list[Segment] = []
-    bounds = _boundaries(run, start, segment_tokens)
-    for (begin, span), (end, _) in zip(bounds, [*bounds[1:], (len(run), None)], strict=True):
-        assert span is not None
+    for begin, end, span in _pieces(run, start, segment_tokens):
         segments.append(
             Segment(
                 parent=parent if not segments else first_index + len(segments) - 1,
@@ -90,14 +87,13 @@ def cut(
     return segments
 
 
-def _boundaries(run: Run, start: int, segment_tokens: int) -> list[tuple[int, VersionSpan | None]]:
-    """First token of each segment, with the span it lies in, ascending."""
-    bounds: list[tuple[int, VersionSpan | None]] = []
-    begin = 0
+def _pieces(run: Run, start: int, segment_tokens: int) -> Iterator[tuple[int, int, VersionSpan]]:
+    """First token, token past the last and version span of each segment, ascending."""
+    begin = span_end = 0
     for span in run.spans:
-        end = begin + span.num_tokens
-        while begin < end:
-            bounds.append((begin, span))
+        span_end += span.num_tokens
+        while begin < span_end:
             to_grid = segment_tokens - (start + begin) % segment_tokens
-            begin = min(end, begin + to_grid)
-    return bounds
+            end = min(span_end, begin + to_grid)
+            yield begin, end, span
+            begin = end

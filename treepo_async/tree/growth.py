@@ -154,7 +154,7 @@ class Growth:
         return [share + (i in lucky) for i in range(len(self._survivors))]
 
     def _fall_back(self) -> list[tuple[int, int]]:
-        """Fork ended paths again at a random boundary of the grid, those that ended with an answer first."""
+        """Fork the paths that ended by EOS or box again, at random boundaries; the prompt if there are none."""
         missing = self.rules.width - len(self._finished)
         if missing == 0 or not self.rules.fallback:
             return []

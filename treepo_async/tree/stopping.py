@@ -54,7 +54,13 @@ def find_stop(
         _find_boxed(rules, context, token_ids),
         _find_repetition(rules, token_ids, start, segment_tokens),
     ]
-    return min((s for s in stops if s is not None), key=lambda stop: stop[0], default=None)
+    stop = min((s for s in stops if s is not None), key=lambda stop: stop[0], default=None)
+    if stop is None:
+        return None
+    kept, reason = stop
+    if reason is StopReason.BOXED and _find_eos(rules, token_ids[kept : kept + 1]):
+        return kept + 1, StopReason.EOS
+    return stop
 
 
 def _find_eos(rules: StopRules, token_ids: Sequence[int]) -> tuple[int, StopReason] | None:
@@ -71,11 +77,7 @@ def _find_boxed(
     if boxed_end is None:
         return None
     kept = _first(token_ids, lambda head: boxed_end(rules.decode(tail + list(head))) is not None)
-    if kept is None:
-        return None
-    if kept < len(token_ids) and token_ids[kept] in rules.eos_token_ids:
-        return kept + 1, StopReason.EOS
-    return kept, StopReason.BOXED
+    return None if kept is None else (kept, StopReason.BOXED)
 
 
 def _find_repetition(

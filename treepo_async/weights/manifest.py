@@ -18,12 +18,24 @@ WEIGHTS_FILE = "model.safetensors"
 MANIFEST_FILE = "manifest.json"
 
 
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading damaged JSON may raise."""
+
+
 class TensorInfo(NamedTuple):
     """What a tensor must look like."""
 
     dtype: str
     """As safetensors spells it, e.g. `F32`."""
     shape: tuple[int, ...]
+
+
+class _Entry(NamedTuple):
+    """A tensor in a file: what it looks like, and its bytes counted from the end of the header."""
+
+    info: TensorInfo
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +74,11 @@ class Manifest:
             return cls(
                 version=raw["version"],
                 tensors={n: TensorInfo(d, tuple(s)) for n, (d, s) in raw["tensors"].items()},
-                hashes=raw["hashes"],
+                hashes=dict(raw["hashes"]),
                 probe=Probe(**raw["probe"]),
                 evaluate=raw["evaluate"],
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _UNREADABLE as error:
             raise WeightsError(f"{folder / MANIFEST_FILE} is no manifest: {error}") from error
 
 
@@ -77,9 +89,7 @@ def read_tensors(file: Path) -> dict[str, TensorInfo]:
         WeightsError: the file is missing, cut short or no safetensors file.
     """
     header, _ = _read_header(file)
-    return {
-        name: TensorInfo(entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()
-    }
+    return {name: entry.info for name, entry in header.items()}
 
 
 def model_tensors(model_dir: Path) -> dict[str, TensorInfo]:
@@ -97,8 +107,7 @@ def hash_tensors(file: Path) -> dict[str, str]:
         view = memoryview(data)
         hashes = {}
         for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            hashes[name] = hash_bytes(view[start + begin : start + end])
+            hashes[name] = hash_bytes(view[start + entry.begin : start + entry.end])
         view.release()
     return hashes
 
@@ -143,7 +152,7 @@ def _compare(
             raise WeightsError(f"{where} has {name} as {info}, the model has {expected[name]}")
 
 
-def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+def _read_header(file: Path) -> tuple[dict[str, _Entry], int]:
     """Tensor entries of a safetensors file, and where its data begins."""
     try:
         size = file.stat().st_size
@@ -151,13 +160,20 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int]:
             length = int.from_bytes(opened.read(8), "little")
             if length > size - 8:
                 raise WeightsError(f"{file} is cut short: header of {length} bytes in {size}")
-            header = json.loads(opened.read(length))
-    except (OSError, ValueError) as error:
+            raw = json.loads(opened.read(length))
+        header = {name: _entry(entry) for name, entry in raw.items() if name != "__metadata__"}
+    except _UNREADABLE as error:
         raise WeightsError(f"{file} is no safetensors file: {error}") from error
-    header.pop("__metadata__", None)
-    data_end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    data_end = max((entry.end for entry in header.values()), default=0)
     if 8 + length + data_end > size:
         raise WeightsError(
             f"{file} is cut short: {size} bytes, its header promises {8 + length + data_end}"
         )
     return header, 8 + length
+
+
+def _entry(raw: dict[str, Any]) -> _Entry:
+    begin, end = raw["data_offsets"]
+    if not (type(begin) is type(end) is int and 0 <= begin <= end):
+        raise ValueError(f"data_offsets {begin!r}, {end!r}")
+    return _Entry(TensorInfo(raw["dtype"], tuple(raw["shape"])), begin, end)

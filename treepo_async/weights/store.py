@@ -1,6 +1,6 @@
 """The folder of publications: one write-once folder per policy version, the newest few kept.
 
-A publication appears by one rename, complete or not at all.
+A publication appears by one rename and goes by one, so a folder that is listed is complete.
 """
 
 import shutil
@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import TensorSpec, serialize_file
 
+from treepo_async.errors import WeightsError
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.manifest import (
     WEIGHTS_FILE,
@@ -54,7 +55,13 @@ class WeightStore:
         probe: Probe,
         evaluate: bool,
     ) -> Path:
-        """Write a publication and remove those that are too old. Gives its folder."""
+        """Write a publication and remove those that are too old. Gives its folder.
+
+        Raises:
+            WeightsError: the version is published already.
+        """
+        if self.path(version).exists():
+            raise WeightsError(f"{self.path(version)} is published already and never rewritten")
         held = {t.name: t for t in tensors}
         temporary = self.folder / f".{version}"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -83,16 +90,27 @@ class WeightStore:
         return sorted(PolicyVersion.parse(name) for name in names)
 
     def next_after(self, applied: PolicyVersion) -> PolicyVersion | None:
-        """The version to apply next: the newest one, but none to be evaluated is passed over."""
+        """The version to apply next: the newest one, but none to be evaluated is passed over.
+
+        Nor is one without a readable manifest: `verify` refuses it by name.
+        """
         newer = [version for version in self.versions() if version > applied]
         for version in newer:
-            if Manifest.read(self.path(version)).evaluate:
+            if self._must_be_seen(version):
                 return version
         return newer[-1] if newer else None
 
+    def _must_be_seen(self, version: PolicyVersion) -> bool:
+        try:
+            return Manifest.read(self.path(version)).evaluate
+        except WeightsError:
+            return True
+
     def _remove_old(self) -> None:
         for version in self.versions()[: -self._keep]:
-            shutil.rmtree(self.path(version))
+            hidden = self.folder / f".old-{version}"
+            self.path(version).rename(hidden)
+            shutil.rmtree(hidden)
 
 
 def _spec(tensor: NamedTensor) -> TensorSpec:

@@ -5,7 +5,9 @@ they follow from the frames themselves, so a lying number cannot make the receiv
 over the wire, into the spool and into tree files.
 """
 
+import math
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import Any
 
 import msgspec
@@ -97,10 +99,8 @@ def decode_tree(frames: Sequence[bytes], *, vocab_size: int | None = None) -> Tr
         raise WireError(f"a tree has {2 + len(ARRAYS)} frames, got {len(frames)}")
     if bytes(frames[0]) != MAGIC:
         raise WireError(f"frame 0 is {bytes(frames[0])[:8]!r}, expected {MAGIC!r}")
-    try:
-        header = _header_decoder.decode(frames[1])
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise WireError(f"tree header: {error}") from error
+    header = _decode_header(frames[1])
+    _check_costs(header.provenance)
     columns = {
         name: _column(name, dtype, raw)
         for (name, dtype), raw in zip(ARRAYS, frames[2:], strict=True)
@@ -121,6 +121,27 @@ def decode_tree(frames: Sequence[bytes], *, vocab_size: int | None = None) -> Tr
     except TreeError as error:
         raise WireError(str(error)) from error
     return tree
+
+
+def _decode_header(frame: bytes) -> _Header:
+    try:
+        header = _header_decoder.decode(frame)
+        raw = msgspec.msgpack.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise WireError(f"tree header: {error}") from error
+    # msgspec forbids unknown fields in its own structs only, not in dataclasses
+    for part, noun in (("sampling", Sampling), ("provenance", Provenance)):
+        unknown = raw[part].keys() - {field.name for field in fields(noun)}
+        if unknown:
+            raise WireError(f"tree header: {part} has the unknown field {unknown.pop()}")
+    return header
+
+
+def _check_costs(provenance: Provenance) -> None:
+    """Costs are added up over a run, so that one of them that is no number would spoil all."""
+    for name, value in asdict(provenance).items():
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise WireError(f"provenance.{name} is {value}, it must be at least 0 and finite")
 
 
 def _column(name: str, dtype: np.dtype[np.generic], raw: bytes) -> NDArray[Any]:

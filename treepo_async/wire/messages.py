@@ -177,5 +177,5 @@ def decode(frame: bytes) -> AnyMessage:
     """
     try:
         return _decoder.decode(frame)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise WireError(f"message: {error}") from error

@@ -37,7 +37,11 @@ class Router:
         Args:
             endpoint: e.g. `tcp://127.0.0.1:5555`.
             max_bytes: largest frame that is received.
+
+        Raises:
+            WireError: the endpoint is not on loopback.
         """
+        _check_loopback(endpoint)
         self._socket = _socket(zmq.asyncio.Context.instance(), zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
@@ -67,7 +71,13 @@ class Requester:
     """The asking end of one endpoint (asyncio)."""
 
     def __init__(
-        self, endpoint: str, *, name: str, owner: str, on_gate: Callable[[Gate], None] | None = None
+        self,
+        endpoint: str,
+        *,
+        name: str,
+        owner: str,
+        on_gate: Callable[[Gate], None] | None = None,
+        resend_s: float = RESEND_S,
     ) -> None:
         """Connect.
 
@@ -76,8 +86,13 @@ class Requester:
             name: of this peer; its identity is the name and a fresh incarnation.
             owner: who answers, for the messages of deadlines.
             on_gate: called with each pushed `Gate`.
+            resend_s: a request without an answer is sent again after this time.
+
+        Raises:
+            WireError: the endpoint is not on loopback.
         """
         self.owner = owner
+        self._resend_s = resend_s
         self._socket = _dealer(zmq.asyncio.Context.instance(), endpoint, name)
         self._on_gate = on_gate
         self._numbers = itertools.count(1)
@@ -106,12 +121,15 @@ class Requester:
     async def ask(
         self, message: Any, attachment: Sequence[bytes] = (), *, timeout_s: float, wait: str
     ) -> Answer:
-        """Send a request and wait for its answer, sending again every `RESEND_S`.
+        """Send a request and wait for its answer, sending again every `resend_s`.
 
         Raises:
             DeadlineError: no answer in `timeout_s`; names `wait` and the owner.
             RefusedError: the answer is a `Nack`.
+            WireError: the peer sent what is no message.
         """
+        receiver = self._receiver
+        assert receiver is not None, "ask inside `async with`"
         number = next(self._numbers)
         frames = [encode(_numbered(message, number)), *attachment]
         future = self._pending[number] = asyncio.get_running_loop().create_future()
@@ -119,9 +137,15 @@ class Requester:
             async with asyncio.timeout(timeout_s):
                 while True:
                     await self._socket.send_multipart(frames)
-                    done, _ = await asyncio.wait([future], timeout=RESEND_S)
-                    if done:
+                    await asyncio.wait(
+                        [future, receiver],
+                        timeout=self._resend_s,
+                        return_when=asyncio.FIRST_COMPLETED,
+                    )
+                    if future.done():
                         return _accept(future.result())
+                    if receiver.done():
+                        receiver.result()
         except TimeoutError as error:
             raise DeadlineError(wait, self.owner, timeout_s) from error
         finally:
@@ -143,13 +167,14 @@ class Requester:
 class BlockingRequester:
     """The asking end for synchronous code."""
 
-    def __init__(self, endpoint: str, *, name: str, owner: str) -> None:
+    def __init__(self, endpoint: str, *, name: str, owner: str, resend_s: float = RESEND_S) -> None:
         self.owner = owner
+        self._resend_s = resend_s
         self._socket = _dealer(zmq.Context.instance(), endpoint, name)
         self._numbers = itertools.count(1)
 
     def ask(self, message: Any, *, timeout_s: float, wait: str) -> Answer:
-        """Send a request and wait for its answer, sending again every `RESEND_S`.
+        """Send a request and wait for its answer, sending again every `resend_s`.
 
         Raises:
             DeadlineError: no answer in `timeout_s`; names `wait` and the owner.
@@ -158,23 +183,25 @@ class BlockingRequester:
         number = next(self._numbers)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            self._send(encode(_numbered(message, number)), deadline)
-            resend = min(deadline, time.monotonic() + RESEND_S)
-            answer = self._receive(number, resend)
-            if answer is not None:
-                return _accept(answer)
+            if self._send(encode(_numbered(message, number)), deadline):
+                resend = min(deadline, time.monotonic() + self._resend_s)
+                answer = self._receive(number, resend)
+                if answer is not None:
+                    return _accept(answer)
         raise DeadlineError(wait, self.owner, timeout_s)
 
     def close(self) -> None:
         """Disconnect."""
         self._socket.close()
 
-    def _send(self, frame: bytes, deadline: float) -> None:
+    def _send(self, frame: bytes, deadline: float) -> bool:
+        """Whether a peer was connected in time."""
         self._socket.setsockopt(zmq.SNDTIMEO, max(1, int((deadline - time.monotonic()) * 1000)))
         try:
             self._socket.send(frame)
-        except zmq.Again as error:
-            raise DeadlineError("a connection", self.owner, deadline - time.monotonic()) from error
+        except zmq.Again:
+            return False
+        return True
 
     def _receive(self, number: int, until: float) -> Answer | None:
         while (left := until - time.monotonic()) > 0:
@@ -198,6 +225,13 @@ def _accept(answer: Answer) -> Answer:
     return answer
 
 
+def _check_loopback(endpoint: str) -> None:
+    if not endpoint.startswith("tcp://127.0.0.1:"):
+        raise WireError(
+            f"endpoint {endpoint} is not on loopback; connections to other machines need keys, not built yet"
+        )
+
+
 def _socket(context: Any, kind: int) -> Any:
     socket = context.socket(kind)
     socket.setsockopt(zmq.LINGER, LINGER_MS)
@@ -208,10 +242,7 @@ def _socket(context: Any, kind: int) -> Any:
 
 
 def _dealer(context: Any, endpoint: str, name: str) -> Any:
-    if not endpoint.startswith("tcp://127.0.0.1:"):
-        raise WireError(
-            f"endpoint {endpoint} is not on loopback; connections to other machines need keys, not built yet"
-        )
+    _check_loopback(endpoint)
     socket = _socket(context, zmq.DEALER)
     socket.setsockopt(zmq.IDENTITY, f"{name}:{uuid.uuid4().hex[:12]}".encode())
     socket.setsockopt(zmq.IMMEDIATE, 1)

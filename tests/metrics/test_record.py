@@ -1,0 +1,106 @@
+import time
+
+import pytest
+
+from treepo_async.metrics.record import STEP_NAMES, WEIGHTS_NAMES, Recorder
+
+
+def tree(outcome="accepted", **changes):
+    event = {
+        "event": "tree",
+        "outcome": outcome,
+        "actor": "actor-0",
+        "num_leaves": 4,
+        "accuracy_sum": 3.0,
+        "num_scored": 4,
+        "decoded_tokens": 60,
+        "delivered_tokens": 100,
+        "wasted_tokens": 5,
+        "cached_tokens": 30,
+        "prefix_tokens": 40,
+        "num_requests": 10,
+        "overhead_s": 0.5,
+        "grow_s": 1.0,
+        "num_fallbacks": 2,
+    }
+    return {**event, **changes}
+
+
+def step(**changes):
+    numbers = {field: float(i) for i, field in enumerate(STEP_NAMES.values())}
+    event = {
+        "event": "step",
+        "step": 3,
+        "policy_step": 4,
+        "seconds": {"wait_batch": 2.0, "train": 5.0, "other": 1.0, "wall": 8.0},
+        "replay": {"trained": 8, "reason/degenerate": 1},
+    }
+    return {**event, **numbers, **changes}
+
+
+WEIGHTS = {"event": "weights", "version": "0.4", "step": 4, "gap": 1e-6, "pause_s": 0.4, "drain_s": 0.1, "load_s": 0.2, "probe_s": 0.1}  # fmt: skip
+
+
+def test_a_record_puts_the_roles_numbers_under_their_names():
+    recorder = Recorder()
+    recorder.tree(tree())
+    recorder.tree(tree("degenerate", decoded_tokens=40, delivered_tokens=100, accuracy_sum=4.0))
+    recorder.engine({"num_samples": 4, "num_idle": 1})
+    recorder.engine({"num_samples": 4, "num_idle": 2})
+    begin = time.time()
+    record = recorder.step(step(), WEIGHTS)
+    assert begin <= record.pop("time") <= time.time()
+    assert record == {
+        "step": 3,
+        "policy_step": 4,
+        **{name: float(i) for i, name in enumerate(STEP_NAMES)},
+        "gap/probe_max": 1e-6,
+        "weights/pause_s": 0.4,
+        "weights/drain_s": 0.1,
+        "weights/load_s": 0.2,
+        "weights/probe_s": 0.1,
+        "tokens/decoded": 100,
+        "tokens/delivered": 200,
+        "tokens/wasted": 10,
+        "tokens/decoded_per_delivered": 0.5,
+        "cache/hit_share": 0.75,
+        "engine/http_s": 0.05,
+        "accuracy/sampled": 0.875,
+        "trees/fallback_runs": 4,
+        "trees/accepted": 1,
+        "trees/degenerate": 1,
+        "time/wait_batch_s": 2.0,
+        "time/train_s": 5.0,
+        "time/other_s": 1.0,
+        "time/wall_s": 8.0,
+        "idle/learner": 0.25,
+        "idle/engine": 0.375,
+        "leases/trained": 8,
+        "leases/reason/degenerate": 1,
+    }
+
+
+def test_what_nothing_is_known_of_is_none():
+    record = Recorder().step(step(seconds={"wall": 8.0}), None)
+    unknown = {*WEIGHTS_NAMES, "tokens/decoded_per_delivered", "cache/hit_share", "engine/http_s", "accuracy/sampled", "idle/engine"}  # fmt: skip
+    assert {name for name, value in record.items() if value is None} == unknown
+    assert record["idle/learner"] == 0
+    assert record["tokens/decoded"] == 0
+
+
+def test_each_step_counts_from_nothing():
+    recorder = Recorder()
+    recorder.tree(tree())
+    recorder.engine({"num_samples": 4, "num_idle": 4})
+    recorder.step(step(), None)
+    record = recorder.step(step(), None)
+    assert record["tokens/decoded"] == 0
+    assert record["idle/engine"] is None
+    assert "trees/accepted" not in record
+
+
+def test_a_step_event_that_lacks_a_number_is_not_passed_over():
+    event = step()
+    del event["loss"]
+    with pytest.raises(KeyError, match="loss"):
+        Recorder().step(event, None)

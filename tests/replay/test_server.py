@@ -1,0 +1,538 @@
+import asyncio
+import contextlib
+import json
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from treepo_async.data.source import EndOfData
+from treepo_async.errors import DataError, RefusedError
+from treepo_async.process import free_port
+from treepo_async.replay.queue import Queue, QueueRules, State
+from treepo_async.replay.server import ReplayServer
+from treepo_async.replay.spool import MemorySpool
+from treepo_async.types import (
+    ROOT,
+    PolicyVersion,
+    Prompt,
+    Provenance,
+    Sampling,
+    Segment,
+    StopReason,
+    Tree,
+)
+from treepo_async.wire.codec import decode_tree, encode_tree
+from treepo_async.wire.messages import (
+    Ack,
+    AskBatch,
+    AskLease,
+    Batch,
+    Beat,
+    Gate,
+    GiveUp,
+    Hello,
+    Leased,
+    NoBatch,
+    NoLease,
+    Published,
+    PutTree,
+    Retired,
+)
+from treepo_async.wire.sockets import BlockingRequester, Requester, Router
+
+RUN_ID = "run-a"
+VOCAB_SIZE = 100
+SOON_S = 8.0
+
+
+@dataclass
+class ScriptedPrompts:
+    """As many prompts as told, some of which cannot be used."""
+
+    num_prompts: int = 1000
+    bad: tuple[int, ...] = ()
+
+    def __call__(self, index: int) -> Prompt:
+        if index >= self.num_prompts:
+            raise EndOfData("all prompts are handed out")
+        if index in self.bad:
+            raise DataError(f"prompt {index} is too long")
+        return Prompt(
+            f"prompt-{index}", np.array([5, index % 50], np.int32), f"text {index}", str(index)
+        )
+
+
+def tree_for(lease, *, step=0, accuracies=(1.0, 0.0), token_id=7):
+    """Two paths of one segment each, sampled under policy step `step`."""
+    version = PolicyVersion(0, step)
+    segments = tuple(
+        Segment(ROOT, 0, np.array([token_id, leaf], np.int32), np.array([-0.5, -1.0], np.float32), version, StopReason.EOS)
+        for leaf in range(2)
+    )  # fmt: skip
+    values = np.array(accuracies, np.float32)
+    return Tree(
+        Prompt(lease.prompt_id, np.array(lease.token_ids, np.int32), lease.text, lease.answer),
+        segments,
+        values * 2 - 1,
+        values,
+        Sampling(1.0, 4, 2, 2, 2),
+        Provenance(lease.lease_id, "actor-0", decoded_tokens=4, num_requests=2),
+    )
+
+
+class Peer:
+    """What actors and the learner say to replay, each answer within seconds."""
+
+    def __init__(self, replay: Requester) -> None:
+        self.replay = replay
+
+    async def ask(self, message, attachment=()):
+        return await self.replay.ask(message, attachment, timeout_s=SOON_S, wait="an answer")
+
+    async def lease(self, wait_s=5.0):
+        return (await self.ask(AskLease(wait_s=wait_s)))[0]
+
+    async def put(self, lease, tree):
+        message = PutTree(lease_id=lease.lease_id, attempt=lease.attempt)
+        answer, _ = await self.ask(message, encode_tree(tree))
+        assert isinstance(answer, Ack)
+        return answer.note
+
+    async def batch(self, step, wait_s=5.0):
+        return await self.ask(AskBatch(step=step, wait_s=wait_s))
+
+
+@dataclass
+class Served:
+    """A replay that serves, and how to reach it."""
+
+    server: ReplayServer
+    endpoint: str
+    peers: contextlib.AsyncExitStack
+
+    async def peer(self, name, **options) -> Peer:
+        requester = Requester(self.endpoint, name=name, owner="replay", **options)
+        return Peer(await self.peers.enter_async_context(requester))
+
+    async def until(self, holds):
+        """Wait until `holds()`; a hand over the test's shoulder, never the protocol's."""
+        async with asyncio.timeout(SOON_S):
+            while not holds():
+                await asyncio.sleep(0.02)
+
+
+@contextlib.asynccontextmanager
+async def serving(prompts, **changes):
+    rules = {
+        "prompts_per_batch": 2,
+        "max_staleness": 1,
+        "num_batches": 100,
+        "lease_timeout_s": 60.0,
+        "max_attempts": 3,
+        "drop_degenerate": True,
+        "max_refills": 64,
+    }
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    router = Router(endpoint, max_bytes=2**20)
+    queue = Queue(QueueRules(**{**rules, **changes}))
+    server = ReplayServer(router, queue, MemorySpool(), prompts, RUN_ID, VOCAB_SIZE)
+    task = asyncio.create_task(server.run())
+    try:
+        async with contextlib.AsyncExitStack() as peers:
+            yield Served(server, endpoint, peers)
+        server.queue.check_integrity()
+    finally:
+        died = task.done()
+        task.cancel()
+        outcome = (await asyncio.gather(task, return_exceptions=True))[0]
+        router.close()
+        assert not died, f"replay died: {outcome!r}"
+
+
+def events_of(capsys, name):
+    lines = capsys.readouterr().out.splitlines()
+    found = [json.loads(line) for line in lines if line.startswith('{"event":')]
+    return [event for event in found if event["event"] == name]
+
+
+# ------------------------------------------------------------------ the way of a tree
+
+
+async def test_two_actors_fill_a_batch_that_the_learner_gets_in_lease_order():
+    async with serving(ScriptedPrompts()) as served:
+        one, two, learner = [await served.peer(n) for n in ("actor-0", "actor-1", "learner-0")]
+        asked = asyncio.create_task(learner.batch(0))
+        first, second = await one.lease(), await two.lease()
+        assert (first.prompt_id, first.token_ids, first.text, first.answer) == (
+            "prompt-0", [5, 0], "text 0", "0",
+        )  # fmt: skip
+        assert (first.attempt, first.least_step) == (1, 0)
+        assert await two.put(second, tree_for(second)) == "accepted"
+        assert not asked.done()
+        assert await one.put(first, tree_for(first)) == "accepted"
+        batch, frames = await asked
+    assert isinstance(batch, Batch)
+    assert batch.lease_ids == [first.lease_id, second.lease_id]
+    assert batch.ledger == {"consumed": 2}
+    assert len(frames) == 2 * batch.frames_per_tree
+    trees = [decode_tree(frames[i : i + batch.frames_per_tree]) for i in (0, batch.frames_per_tree)]
+    assert [t.prompt.id for t in trees] == ["prompt-0", "prompt-1"]
+    assert encode_tree(trees[0]) == encode_tree(tree_for(first))
+
+
+async def test_a_batch_asked_for_twice_has_the_same_trees():
+    async with serving(ScriptedPrompts()) as served:
+        actor, learner = await served.peer("actor-0"), await served.peer("learner-0")
+        for _ in range(4):
+            lease = await actor.lease()
+            await actor.put(lease, tree_for(lease))
+        first, again = await learner.batch(0), await learner.batch(0)
+    assert first[0].lease_ids == again[0].lease_ids == ["000000000", "000000001"]
+    assert first[1] == again[1]
+
+
+async def test_publications_make_room_and_retired_trees_are_forgotten():
+    async with serving(ScriptedPrompts(), max_staleness=0) as served:
+        actor, learner = await served.peer("actor-0"), await served.peer("learner-0")
+        for step in range(3):
+            for _ in range(2):
+                lease = await actor.lease()
+                assert lease.least_step == step
+                await actor.put(lease, tree_for(lease, step=step))
+            assert (await learner.batch(step))[0].step == step
+            assert isinstance(await actor.lease(wait_s=0.0), NoLease), "the learner is behind"
+            await learner.ask(Published(step=step + 1, consumed_step=step))
+            await learner.ask(Retired(step=step))
+        assert served.server.spool._frames == {}
+        assert served.server.queue.ledger() == {"trained": 6}
+
+
+async def test_the_learners_blocking_requester_gets_a_batch():
+    def learn(endpoint):
+        learner = BlockingRequester(endpoint, name="learner-0", owner="replay")
+        try:
+            return learner.ask(AskBatch(step=0, wait_s=5), timeout_s=SOON_S, wait="a batch")
+        finally:
+            learner.close()
+
+    async with serving(ScriptedPrompts()) as served:
+        actor = await served.peer("actor-0")
+        batch = asyncio.create_task(asyncio.to_thread(learn, served.endpoint))
+        for _ in range(2):
+            lease = await actor.lease()
+            await actor.put(lease, tree_for(lease))
+        answer, frames = await batch
+    assert len(frames) == 2 * answer.frames_per_tree
+
+
+async def test_a_tree_put_twice_is_acknowledged_as_a_duplicate():
+    async with serving(ScriptedPrompts()) as served:
+        actor = await served.peer("actor-0")
+        lease = await actor.lease()
+        assert await actor.put(lease, tree_for(lease)) == "accepted"
+        assert await actor.put(lease, tree_for(lease, token_id=9)) == "duplicate"
+        stored = decode_tree(served.server.spool.read(lease.lease_id))
+    assert stored.segments[0].token_ids[0] == 7, "the first one stays"
+
+
+async def test_a_degenerate_tree_is_dropped_and_its_place_given_again_at_staleness_zero():
+    async with serving(ScriptedPrompts(), max_staleness=0) as served:
+        actor, learner = await served.peer("actor-0"), await served.peer("learner-0")
+        for accuracies in [(1, 1), (0, 0), (math.nan, math.nan), (1, 0), (0, 1)]:
+            lease = await actor.lease()
+            await actor.put(lease, tree_for(lease, accuracies=accuracies))
+        batch, _ = await learner.batch(0)
+    assert batch.lease_ids == ["000000003", "000000004"]
+    assert batch.ledger == {
+        "consumed": 2,
+        "dropped": 3,
+        "reason/degenerate": 2,
+        "reason/reward_error": 1,
+    }
+
+
+async def test_each_tree_is_told_to_the_driver_dropped_ones_too(capsys):
+    async with serving(ScriptedPrompts()) as served:
+        actor = await served.peer("actor-0")
+        for accuracies in [(1, 0), (1, math.nan), (1, 1)]:
+            lease = await actor.lease()
+            await actor.put(lease, tree_for(lease, accuracies=accuracies))
+    events = events_of(capsys, "tree")
+    assert [e["outcome"] for e in events] == ["accepted", "degenerate", "degenerate"]
+    assert [(e["accuracy_sum"], e["num_scored"]) for e in events] == [(1, 2), (1, 1), (2, 2)]
+    assert events[0]["actor"] == "actor-0"
+    assert (events[0]["num_leaves"], events[0]["delivered_tokens"]) == (2, 4)
+
+
+# ------------------------------------------------------------------ waits
+
+
+async def test_who_waits_for_a_lease_gets_it_as_soon_as_there_is_one():
+    async with serving(ScriptedPrompts(), max_staleness=0) as served:
+        one, two, learner = [await served.peer(n) for n in ("actor-0", "actor-1", "learner-0")]
+        leases = [await one.lease(), await one.lease()]
+        waiting = asyncio.create_task(two.lease())
+        for lease in leases:
+            await one.put(lease, tree_for(lease))
+        await learner.batch(0)
+        begin = time.monotonic()
+        await learner.ask(Published(step=1, consumed_step=0))
+        lease = await waiting
+    assert lease.lease_id == "000000002"
+    assert time.monotonic() - begin < 2
+
+
+async def test_a_wait_without_end_is_answered_in_time_with_what_is_missing():
+    async with serving(ScriptedPrompts(), max_staleness=0) as served:
+        actor, learner = await served.peer("actor-0"), await served.peer("learner-0")
+        first, _ = await actor.lease(), await actor.lease()
+        await actor.put(first, tree_for(first))
+        begin = time.monotonic()
+        (answer, _), no_lease = await asyncio.gather(
+            learner.batch(0, wait_s=0.3), actor.lease(wait_s=0.3)
+        )
+        waited = time.monotonic() - begin
+    assert answer == NoBatch(
+        request=answer.request,
+        reason="1 of 2 trees are in, 1 being grown, 0 waiting for an actor",
+    )
+    assert no_lease == NoLease(
+        request=no_lease.request, reason="admission: the learner is behind"
+    )
+    assert 0.3 <= waited < 2
+
+
+@pytest.mark.parametrize("wait_s", [math.nan, math.inf, 1e300, -1.0], ids=str)
+async def test_no_wait_is_longer_than_replay_allows(wait_s):
+    async with serving(ScriptedPrompts(), max_staleness=0) as served:
+        learner = await served.peer("learner-0")
+        asked = asyncio.create_task(learner.batch(0, wait_s=wait_s))
+        await served.until(lambda: served.server._waiting or asked.done())
+        for waiting in served.server._waiting.values():
+            assert waiting.deadline <= time.monotonic() + 60
+        asked.cancel()
+
+
+async def test_a_batch_without_all_its_trees_waits_for_the_actor_that_has_the_rest():
+    async with serving(ScriptedPrompts(num_prompts=3), max_staleness=5) as served:
+        actor, learner = await served.peer("actor-0"), await served.peer("learner-0")
+        leases = [await actor.lease() for _ in range(3)]
+        waiting = asyncio.create_task(actor.lease())
+        for lease in leases:
+            assert not waiting.done()
+            await actor.put(lease, tree_for(lease))
+        end_of_leases = await waiting
+        assert end_of_leases == NoLease(
+            request=end_of_leases.request, reason="no prompt is left to grow", final=True
+        )
+        assert (await learner.batch(0))[0].lease_ids == ["000000000", "000000001"]
+        end_of_batches, _ = await learner.batch(1)
+    assert end_of_batches == NoBatch(
+        request=end_of_batches.request, reason="the data has ended", final=True
+    )
+
+
+async def test_a_prompt_that_cannot_be_used_is_passed_over(capsys):
+    async with serving(ScriptedPrompts(bad=(0, 2))) as served:
+        actor = await served.peer("actor-0")
+        assert [(await actor.lease()).prompt_id for _ in range(2)] == ["prompt-1", "prompt-3"]
+    alarms = events_of(capsys, "alarm")
+    assert [a["detail"] for a in alarms] == ["prompt 0 is too long", "prompt 2 is too long"]
+
+
+# ------------------------------------------------------------------ lost actors
+
+
+async def test_a_silent_actors_lease_goes_to_the_other_and_its_late_tree_still_counts(capsys):
+    rules = {"max_staleness": 0, "prompts_per_batch": 1, "lease_timeout_s": 0.3}
+    async with serving(ScriptedPrompts(), **rules) as served:
+        silent, other = await served.peer("actor-0"), await served.peer("actor-1")
+        lost = await silent.lease()
+        moved = await other.lease()
+        assert (moved.lease_id, moved.attempt) == (lost.lease_id, 2)
+        assert await silent.put(lost, tree_for(lost)) == "accepted"
+        assert await other.put(moved, tree_for(moved)) == "duplicate"
+    (alarm,) = events_of(capsys, "alarm")
+    assert (alarm["alarm"], alarm["lease"], alarm["state"]) == (
+        "lease expired", lost.lease_id, "waiting",
+    )  # fmt: skip
+
+
+async def test_beats_keep_a_lease():
+    rules = {"max_staleness": 0, "prompts_per_batch": 1, "lease_timeout_s": 0.5}
+    async with serving(ScriptedPrompts(), **rules) as served:
+        actor, other = await served.peer("actor-0"), await served.peer("actor-1")
+        lease = await actor.lease()
+        for _ in range(8):
+            await asyncio.sleep(0.12)
+            await actor.replay.tell(Beat(leases=[lease.lease_id]))
+        assert isinstance(await other.lease(wait_s=0.0), NoLease)
+        assert served.server.queue.is_leased(lease.lease_id, 1)
+
+
+async def test_an_actor_that_gives_up_hands_its_prompt_on_at_once():
+    rules = {"max_staleness": 0, "prompts_per_batch": 1}
+    async with serving(ScriptedPrompts(), **rules) as served:
+        one, two = await served.peer("actor-0"), await served.peer("actor-1")
+        lease = await one.lease()
+        waiting = asyncio.create_task(two.lease())
+        await one.ask(GiveUp(lease_id=lease.lease_id, attempt=1, reason="EngineError"))
+        moved = await waiting
+    assert (moved.lease_id, moved.attempt) == (lease.lease_id, 2)
+
+
+async def test_no_lease_is_handed_to_an_actor_that_has_gone():
+    rules = {"max_staleness": 0, "max_attempts": 1}
+    async with serving(ScriptedPrompts(), **rules) as served:
+        one, learner = await served.peer("actor-0"), await served.peer("learner-0")
+        leases = [await one.lease(), await one.lease()]
+        gone = Requester(served.endpoint, name="actor-1", owner="replay")
+        async with gone:
+            asks = [
+                asyncio.create_task(gone.ask(AskLease(wait_s=30.0), timeout_s=30, wait="a lease"))
+                for _ in range(4)
+            ]
+            await served.until(lambda: len(served.server._waiting) == 4)
+            for ask in asks:
+                ask.cancel()
+        for lease in leases:
+            await one.put(lease, tree_for(lease))
+        await learner.batch(0)
+        await learner.ask(Published(step=1, consumed_step=0))
+        two = await served.peer("actor-2")
+        moved = [await two.lease() for _ in range(2)]
+        assert [(m.lease_id, m.attempt) for m in moved] == [("000000002", 1), ("000000003", 1)]
+        assert served.server._waiting == {}
+
+
+async def test_a_lease_asked_for_twice_by_one_request_is_given_once():
+    async with serving(ScriptedPrompts(), prompts_per_batch=4) as served:
+        actor = await served.peer("actor-0", resend_s=0.05)
+        server, lost = served.server, []
+        send = server.router.send
+
+        async def lose_the_first_two(peer, message, attachment=()):
+            if isinstance(message, Leased) and len(lost) < 2:
+                lost.append(message)
+                return True
+            return await send(peer, message, attachment)
+
+        server.router.send = lose_the_first_two
+        lease = await actor.lease()
+        assert len(lost) == 2
+        assert {(m.lease_id, m.attempt) for m in [lease, *lost]} == {("000000000", 1)}
+        assert (await actor.lease()).lease_id == "000000001", "another request, another lease"
+        await actor.put(lease, tree_for(lease))
+        await served.until(lambda: len(server._granted) == 1)
+
+
+# ------------------------------------------------------------------ refusals
+
+
+async def test_a_peer_of_another_run_is_refused_with_both_names():
+    async with serving(ScriptedPrompts()) as served:
+        peer = await served.peer("actor-9")
+        with pytest.raises(RefusedError, match=r"actor-9 is of run run-b.*this is run run-a") as e:
+            await peer.ask(Hello(name="actor-9", run_id="run-b"))
+        assert (e.value.reason, e.value.retry) == ("wrong_run", False)
+        with pytest.raises(RefusedError, match="protocol 99"):
+            await peer.ask(Hello(name="actor-9", run_id=RUN_ID, protocol=99))
+        answer, _ = await peer.ask(Hello(name="actor-9", run_id=RUN_ID))
+    assert isinstance(answer, Ack)
+
+
+async def test_a_stale_tree_is_refused_and_its_prompt_given_again():
+    async with serving(ScriptedPrompts(), max_staleness=0, prompts_per_batch=1) as served:
+        actor, learner = await served.peer("actor-0"), await served.peer("learner-0")
+        lease = await actor.lease()
+        await actor.put(lease, tree_for(lease))
+        await learner.batch(0)
+        await learner.ask(Published(step=1, consumed_step=0))
+        lease = await actor.lease()
+        with pytest.raises(RefusedError, match="policy step 0.*needs 1") as caught:
+            await actor.put(lease, tree_for(lease, step=0))
+        assert caught.value.reason == "stale"
+        again = await actor.lease()
+        assert (again.lease_id, again.attempt) == (lease.lease_id, 2)
+        assert await actor.put(again, tree_for(again, step=1)) == "accepted"
+
+
+def with_token_outside(lease):
+    return tree_for(lease, token_id=VOCAB_SIZE)
+
+
+def of_the_future(lease):
+    return tree_for(lease, step=2)
+
+
+def of_another_lease(lease):
+    tree = tree_for(lease)
+    return Tree(tree.prompt, tree.segments, tree.rewards_L, tree.accuracies_L, tree.sampling, Provenance("000000099", "a"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spoil", "name"),
+    [
+        (with_token_outside, "token_ids_T"),
+        (of_the_future, "step_S"),
+        (of_another_lease, "provenance.lease_id"),
+    ],
+)
+async def test_an_invalid_tree_is_refused_and_its_prompt_given_again(capsys, spoil, name):
+    async with serving(ScriptedPrompts(), max_staleness=0, prompts_per_batch=1) as served:
+        actor, other = await served.peer("actor-0"), await served.peer("actor-1")
+        lease = await actor.lease()
+        with pytest.raises(RefusedError, match=name) as caught:
+            await actor.put(lease, spoil(lease))
+        assert (caught.value.reason, caught.value.retry) == ("invalid", False)
+        again = await other.lease()
+        assert (again.lease_id, again.attempt) == (lease.lease_id, 2)
+        assert await other.put(again, tree_for(again)) == "accepted"
+    (alarm,) = events_of(capsys, "alarm")
+    assert alarm["alarm"] == "invalid tree refused"
+    assert name in alarm["detail"]
+
+
+async def test_a_tree_of_a_publication_that_replay_has_not_heard_of_yet_is_taken():
+    async with serving(ScriptedPrompts()) as served:
+        actor = await served.peer("actor-0")
+        lease = await actor.lease()
+        assert await actor.put(lease, tree_for(lease, step=1)) == "accepted"
+
+
+async def test_what_is_no_request_is_refused_and_replay_serves_on():
+    async with serving(ScriptedPrompts()) as served:
+        actor = await served.peer("actor-0")
+        lease = await actor.lease()
+        put = PutTree(lease_id=lease.lease_id, attempt=7)
+        for message, attachment in [
+            (Gate(epoch=1, is_open=True), []),
+            (put, []),
+            (put, [b"junk"] * 14),
+            (PutTree(lease_id="never", attempt=1), encode_tree(tree_for(lease))),
+        ]:
+            with pytest.raises(RefusedError) as caught:
+                await actor.ask(message, attachment)
+            assert caught.value.reason == "invalid"
+        stranger = Provenance("never", "a")
+        tree = tree_for(lease)
+        tree = Tree(tree.prompt, tree.segments, tree.rewards_L, tree.accuracies_L, tree.sampling, stranger)  # fmt: skip
+        with pytest.raises(RefusedError) as caught:
+            await actor.ask(PutTree(lease_id="never", attempt=1), encode_tree(tree))
+        assert caught.value.reason == "unknown_lease"
+        assert await actor.put(lease, tree_for(lease)) == "accepted"
+
+
+async def test_bytes_that_are_no_message_harm_nobody():
+    async with serving(ScriptedPrompts()) as served:
+        vandal, actor = await served.peer("vandal"), await served.peer("actor-0")
+        rng = np.random.default_rng(0)
+        for _ in range(300):
+            frames = [rng.bytes(int(rng.integers(0, 40))) for _ in range(int(rng.integers(1, 4)))]
+            await vandal.replay._socket.send_multipart(frames)
+        lease = await actor.lease()
+        assert await actor.put(lease, tree_for(lease)) == "accepted"
+        assert served.server.queue.entries[lease.lease_id].state is State.ACCEPTED
