@@ -22,7 +22,7 @@ from treepo_async.engine.client import Completion, EngineClient, SamplingSetting
 from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.server import Server, ServerOptions
-from treepo_async.process import free_port
+from treepo_async.process import free_ports
 from treepo_async.tiny.cache import prepare
 from treepo_async.types import PolicyVersion
 
@@ -69,10 +69,11 @@ async def _requests(engine: EngineClient, num_requests: int, concurrency: int) -
 @contextlib.asynccontextmanager
 async def _engine() -> AsyncIterator[EngineClient]:
     model_dir = await asyncio.to_thread(prepare, CACHE_DIR, 0)
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    gate_port, engine_port = free_ports(2)
+    endpoint = f"tcp://127.0.0.1:{gate_port}"
     with tempfile.TemporaryDirectory() as folder:
         options = ServerOptions(
-            port=free_port(),
+            port=engine_port,
             dtype="float32",
             context_length=512,
             max_total_tokens=32768,

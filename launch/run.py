@@ -29,13 +29,16 @@ def main(words: list[str]) -> int:
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
+    except KeyboardInterrupt:
+        print("stopped before the run began", file=sys.stderr)
+        return EXIT_STOPPED
 
 
 def train(config: Config, *, dry_run: bool) -> int:
     """Prepare and print the plan, then carry it out. Gives the exit code."""
     from treepo_async.cluster.plan import describe as describe_plan
     from treepo_async.cluster.plan import make_plan
-    from treepo_async.cluster.prepare import prepare_model, prepare_run_dir
+    from treepo_async.cluster.prepare import choose_run_dir, make_run_dir, prepare_model, try_inputs
     from treepo_async.cluster.run import run
     from treepo_async.cluster.supervise import StoppedError
 
@@ -43,11 +46,13 @@ def train(config: Config, *, dry_run: bool) -> int:
         model_dir = prepare_model(
             config.model.path, cache_dir=Path(config.cache_dir), seed=config.seed, report=report
         )
-    run_dir = prepare_run_dir(config)
+    run_dir = choose_run_dir(config)
+    prompt = try_inputs(config, model_dir)
     plan = make_plan(config, run_dir=run_dir, model_dir=model_dir)
-    print(describe_plan(config, plan), flush=True)
+    print(describe_plan(config, plan, prompt), flush=True)
     if dry_run:
         return 0
+    make_run_dir(config, run_dir)
     try:
         model = run(config, plan, say=lambda line: print(line, flush=True))
     except RoleError as error:

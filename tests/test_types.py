@@ -116,6 +116,7 @@ BROKEN = {
     "segments[1].parent is -2": with_segment(1, parent=-2),
     "segments[4].parent 3 has ended": with_segment(4, parent=3),
     "segments[3].stop is None": with_segment(3, stop=None),
+    "segments[3].stop is abort": with_segment(3, stop=StopReason.ABORT),
     "segments[4] has 0 token_ids and 0 behavior_logprobs": with_segment(
         4, token_ids=np.array([], np.int32), behavior_logprobs=np.array([], np.float32)
     ),

@@ -5,6 +5,7 @@ that grew it, and read by everybody else; nothing here does I/O or imports anyth
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -17,6 +18,9 @@ from treepo_async.errors import TreeError
 
 ROOT = -1
 """Parent index of a segment that hangs on the prompt itself."""
+
+LOGPROB_SLACK = 1e-4
+"""How far rounding may lift a log-prob above 0."""
 
 Int32 = NDArray[np.int32]
 Float32 = NDArray[np.float32]
@@ -154,11 +158,7 @@ class Tree:
 
     def path(self, segment: int) -> tuple[int, ...]:
         """Segment indices from the prompt down to and including `segment`."""
-        steps = []
-        while segment != ROOT:
-            steps.append(segment)
-            segment = self.segments[segment].parent
-        return tuple(reversed(steps))
+        return path_of(self.segments, segment)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -199,6 +199,15 @@ class Tree:
                 raise TreeError(f"{name} has an infinite value; a failed score is NaN")
 
 
+def path_of(segments: Sequence[Segment], segment: int) -> tuple[int, ...]:
+    """Indices from the prompt down to and including `segment`; none for `ROOT`."""
+    steps = []
+    while segment != ROOT:
+        steps.append(segment)
+        segment = segments[segment].parent
+    return tuple(reversed(steps))
+
+
 def leaves_of(segments: tuple[Segment, ...]) -> tuple[int, ...]:
     """Indices of the segments without children, ascending."""
     parents = {s.parent for s in segments}
@@ -216,7 +225,7 @@ def _check_sampling(sampling: Sampling) -> None:
 
 
 def _check_segments(segments: tuple[Segment, ...], sampling: Sampling) -> None:
-    segment_tokens, ends = sampling.segment_tokens, list[int]()
+    ends: list[int] = []
     for i, segment in enumerate(segments):
         if not ROOT <= segment.parent < i:
             raise TreeError(
@@ -226,30 +235,37 @@ def _check_segments(segments: tuple[Segment, ...], sampling: Sampling) -> None:
             raise TreeError(
                 f"segments[{i}].parent {segment.parent} has ended: it may have no children"
             )
-        if len(segment) == 0 or len(segment) != len(segment.behavior_logprobs):
-            raise TreeError(
-                f"segments[{i}] has {len(segment)} token_ids and "
-                f"{len(segment.behavior_logprobs)} behavior_logprobs; it needs as many, at least one"
-            )
-        if not (
-            np.isfinite(segment.behavior_logprobs).all() and segment.behavior_logprobs.max() <= 1e-4
-        ):
-            raise TreeError(f"segments[{i}].behavior_logprobs are not finite log-probs")
+        if segment.stop is StopReason.ABORT:
+            raise TreeError(f"segments[{i}].stop is abort: an aborted run belongs to no tree")
+        _check_tokens(i, segment)
         start = 0 if segment.parent == ROOT else ends[segment.parent]
         ends.append(start + len(segment))
-        if (
-            segment.level != start // segment_tokens
-            or (ends[i] - 1) // segment_tokens != segment.level
-        ):
-            raise TreeError(
-                f"segments[{i}].level is {segment.level}, but its tokens {start}..{ends[i] - 1} "
-                f"lie on a grid of {segment_tokens}"
-            )
-        if segment.level >= sampling.max_depth:
-            raise TreeError(
-                f"segments[{i}].level is {segment.level}, it must be below "
-                f"sampling.max_depth={sampling.max_depth}"
-            )
+        _check_level(i, segment, start, sampling)
+
+
+def _check_tokens(i: int, segment: Segment) -> None:
+    logprobs = segment.behavior_logprobs
+    if len(segment) == 0 or len(segment) != len(logprobs):
+        raise TreeError(
+            f"segments[{i}] has {len(segment)} token_ids and {len(logprobs)} behavior_logprobs; "
+            "it needs as many, at least one"
+        )
+    if not (np.isfinite(logprobs).all() and logprobs.max() <= LOGPROB_SLACK):
+        raise TreeError(f"segments[{i}].behavior_logprobs are not finite log-probs")
+
+
+def _check_level(i: int, segment: Segment, start: int, sampling: Sampling) -> None:
+    last = start + len(segment) - 1
+    if not start // sampling.segment_tokens == segment.level == last // sampling.segment_tokens:
+        raise TreeError(
+            f"segments[{i}].level is {segment.level}, but its tokens {start}..{last} "
+            f"lie on a grid of {sampling.segment_tokens}"
+        )
+    if segment.level >= sampling.max_depth:
+        raise TreeError(
+            f"segments[{i}].level is {segment.level}, it must be below "
+            f"sampling.max_depth={sampling.max_depth}"
+        )
 
 
 class Trajectory(NamedTuple):

@@ -49,3 +49,9 @@ def test_a_context_without_room_for_a_prompt_is_refused():
     assert prompt_limit(config, model(full + 1)) == 1
     with pytest.raises(ConfigError, match=f"no room for a prompt in {full} tokens of context"):
         prompt_limit(config, model(full))
+
+
+def test_a_cache_too_small_for_one_context_is_refused():
+    config = parse([*TREE, "engine.context_length=100", "engine.max_total_tokens=99"])
+    with pytest.raises(ConfigError, match=r"engine\.max_total_tokens=99 cannot hold .* 100 tokens"):
+        context_length(config, model(128))

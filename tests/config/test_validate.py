@@ -65,6 +65,8 @@ def test_a_number_that_is_not_finite_is_refused(key, value):
         (["learner.beta2=-1"], "learner.beta2=-1.0 must be at least 0 and below 1"),
         (["reward.wrong=1"], "reward.correct=1.0 must be above reward.wrong=1.0"),
         (["model=some/model"], "give model=some/model its own data=FILE"),
+        (["tree.repetition_count=1"], "give 0 (never) or at least 2"),
+        (["data.instruction=\\${seed}"], "data.instruction=${seed} holds '${'"),
         (["learner=tp4dp"], "learner.layout='tp4dp' is not a layout"),
     ],
 )

@@ -115,6 +115,16 @@ def test_an_empty_file_is_an_error(tmp_path, content):
         read_records(str(tmp_path / "a.jsonl"), None, None)
 
 
+@pytest.mark.parametrize("field", ["question", "answer"])
+def test_a_record_with_half_a_character_is_skipped(tmp_path, field):
+    broken = json.dumps({"question": "q", "answer": "1"} | {field: "\ud83d"})
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{broken}\n{{"question": "q", "answer": "1"}}\n')
+    found = read_records(str(path), None, None)
+    assert [r.number for r in found.records] == [2]
+    assert "half a character" in found.skipped[0]
+
+
 def test_parquet_is_read_like_jsonl(tmp_path):
     records = [*GSM8K, {"question": None, "answer": "1"}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "p.parquet")

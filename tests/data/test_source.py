@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treepo_async.config.schema import DataConfig
 from treepo_async.data.source import EndOfData, open_source
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import DataError
@@ -23,16 +24,12 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def opened(tokenizer):
     def open_with(data, **changes):
-        options = {
-            "seed": 0,
-            "prompt_field": None,
-            "answer_field": None,
-            "instruction": "",
-            "max_prompt_tokens": 100,
-            "epochs": None,
-            "eval_data": None,
+        run = {
+            "seed": changes.pop("seed", 0),
+            "max_prompt_tokens": changes.pop("max_prompt_tokens", 100),
         }
-        return open_source(str(data), tokenizer=tokenizer, **{**options, **changes})
+        section = DataConfig(path=str(data), **{"instruction": "", **changes})
+        return open_source(section, tokenizer=tokenizer, **run)
 
     return open_with
 
@@ -129,7 +126,7 @@ def test_one_record_in_twenty_is_held_out_and_never_trained_on(opened, train):
 def test_held_out_records_of_a_file_of_their_own_are_left_out_of_training(opened, train, tmp_path):
     mine = [f"how much is {i}?" for i in range(20)]
     exam = write(tmp_path / "exam.jsonl", [*mine, "something else?"])
-    source = opened(train, epochs=1, eval_data=str(exam))
+    source = opened(train, epochs=1, eval_path=str(exam))
     heldout = source.heldout(1000)
     assert {p.text for p in heldout} == {f"{q}\n" for q in [*mine, "something else?"]}
     assert all(p.id.startswith("exam-") for p in heldout)
@@ -139,7 +136,7 @@ def test_held_out_records_of_a_file_of_their_own_are_left_out_of_training(opened
 
 def test_a_file_whose_every_question_is_held_out_is_refused(opened, train):
     with pytest.raises(DataError, match="no record left to train on: all 200 are held out"):
-        opened(train, eval_data=str(train))
+        opened(train, eval_path=str(train))
 
 
 def test_the_instruction_follows_the_question_on_its_own_line(opened, train):
@@ -157,19 +154,22 @@ def test_a_prompt_past_the_limit_raises_alone(opened, tmp_path):
         except DataError as error:
             found.append(str(error))
     assert "a-1" in found
-    assert any(f.startswith("a-2 has 500 prompt tokens, more than data.max_prompt") for f in found)
+    assert any(
+        f.startswith("a-2 has 500 prompt tokens, more than the 100 that data.max_prompt")
+        for f in found
+    )
 
 
 def test_held_out_prompts_past_the_limit_are_left_out(opened, train, tmp_path):
     exam = write(tmp_path / "exam.jsonl", ["long " * 100, "short?"])
-    assert [p.id for p in opened(train, eval_data=str(exam)).heldout(5)] == ["exam-2"]
+    assert [p.id for p in opened(train, eval_path=str(exam)).heldout(5)] == ["exam-2"]
 
 
 def test_skipped_records_of_both_files_are_counted(opened, train, tmp_path):
     train.write_text(train.read_text() + "\n{")
     exam = tmp_path / "exam.jsonl"
     exam.write_text('{"question": "q", "answer": "1"}\n[]')
-    source = opened(train, eval_data=str(exam))
+    source = opened(train, eval_path=str(exam))
     assert source.num_skipped == 2
     assert ["train.jsonl record 201" in source.skipped[0], "exam.jsonl" in source.skipped[1]] == [
         True,

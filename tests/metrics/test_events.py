@@ -1,3 +1,5 @@
+import contextlib
+import io
 import json
 import math
 
@@ -24,9 +26,6 @@ def emitted(capsys, event, **fields):
 
 @given(fields=st.dictionaries(st.text(min_size=1).filter(lambda key: key != "event"), FINITE))
 def test_an_event_comes_back_as_it_was_sent(fields):
-    import contextlib
-    import io
-
     with contextlib.redirect_stdout(io.StringIO()) as out:
         emit("step", **fields)
     assert parse(out.getvalue()) == {"event": "step", **fields}

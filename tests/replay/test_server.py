@@ -10,7 +10,7 @@ import pytest
 
 from treepo_async.data.source import EndOfData
 from treepo_async.errors import DataError, RefusedError
-from treepo_async.process import free_port
+from treepo_async.process import free_ports
 from treepo_async.replay.queue import Queue, QueueRules, State
 from treepo_async.replay.server import ReplayServer
 from treepo_async.replay.spool import MemorySpool
@@ -120,7 +120,7 @@ class Served:
     async def until(self, holds):
         """Wait until `holds()`; a hand over the test's shoulder, never the protocol's."""
         async with asyncio.timeout(SOON_S):
-            while not holds():
+            while not holds():  # noqa: ASYNC110 - what is looked at has no event
                 await asyncio.sleep(0.02)
 
 
@@ -135,7 +135,7 @@ async def serving(prompts, **changes):
         "drop_degenerate": True,
         "max_refills": 64,
     }
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
     router = Router(endpoint, max_bytes=2**20)
     queue = Queue(QueueRules(**{**rules, **changes}))
     server = ReplayServer(router, queue, MemorySpool(), prompts, RUN_ID, VOCAB_SIZE)
@@ -299,9 +299,7 @@ async def test_a_wait_without_end_is_answered_in_time_with_what_is_missing():
         request=answer.request,
         reason="1 of 2 trees are in, 1 being grown, 0 waiting for an actor",
     )
-    assert no_lease == NoLease(
-        request=no_lease.request, reason="admission: the learner is behind"
-    )
+    assert no_lease == NoLease(request=no_lease.request, reason="admission: the learner is behind")
     assert 0.3 <= waited < 2
 
 
@@ -435,7 +433,9 @@ async def test_a_lease_asked_for_twice_by_one_request_is_given_once():
 async def test_a_peer_of_another_run_is_refused_with_both_names():
     async with serving(ScriptedPrompts()) as served:
         peer = await served.peer("actor-9")
-        with pytest.raises(RefusedError, match=r"actor-9 is of run run-b.*this is run run-a") as e:
+        with pytest.raises(
+            RefusedError, match=r"^wrong_run: actor-9 is of run run-b.*this is run run-a"
+        ) as e:
             await peer.ask(Hello(name="actor-9", run_id="run-b"))
         assert (e.value.reason, e.value.retry) == ("wrong_run", False)
         with pytest.raises(RefusedError, match="protocol 99"):
@@ -452,7 +452,7 @@ async def test_a_stale_tree_is_refused_and_its_prompt_given_again():
         await learner.batch(0)
         await learner.ask(Published(step=1, consumed_step=0))
         lease = await actor.lease()
-        with pytest.raises(RefusedError, match="policy step 0.*needs 1") as caught:
+        with pytest.raises(RefusedError, match=r"policy step 0.*needs 1") as caught:
             await actor.put(lease, tree_for(lease, step=0))
         assert caught.value.reason == "stale"
         again = await actor.lease()

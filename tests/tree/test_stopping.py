@@ -5,7 +5,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from treepo_async.scoring.boxed import boxed_end
-from treepo_async.tree.stopping import TAIL_TOKENS, StopRules, find_stop, is_repetitive
+from treepo_async.tree.stopping import StopRules, find_stop, is_repetitive
 from treepo_async.types import StopReason
 
 PIECES = ["a", "b", " ", "7", "{", "}", "\\", "\\boxed{", "boxed", "ab" * 3, "<pad>", "<eos>"]
@@ -39,9 +39,10 @@ def first_stop_token_by_token(rules, context, token_ids, start, segment_tokens):
     for kept in range(1, len(token_ids) + 1):
         if token_ids[kept - 1] in rules.eos_token_ids:
             return kept, StopReason.EOS
-        text = rules.decode([*context[-TAIL_TOKENS:], *token_ids[:kept]])
+        text = rules.decode([*context, *token_ids[:kept]])
         if rules.boxed_end is not None and rules.boxed_end(text) is not None:
-            if kept < len(token_ids) and token_ids[kept] in rules.eos_token_ids:
+            eos_follows = kept < len(token_ids) and token_ids[kept] in rules.eos_token_ids
+            if eos_follows and (start + kept) % segment_tokens:
                 return kept + 1, StopReason.EOS
             return kept, StopReason.BOXED
         level_begin = max(0, (start + kept - 1) // segment_tokens * segment_tokens - start)
@@ -118,10 +119,14 @@ def test_a_box_split_over_two_runs_is_found():
     assert stop_of(rules(), [CLOSE], context=[OPEN]) == (1, StopReason.BOXED)
 
 
-@pytest.mark.parametrize(("between", "found"), [(TAIL_TOKENS - 1, True), (TAIL_TOKENS, False)])
-def test_a_box_is_looked_for_in_the_tail_of_the_context(between, found):
-    stop = stop_of(rules(), [CLOSE], context=[OPEN, *[SEVEN] * between])
-    assert stop == ((1, StopReason.BOXED) if found else None)
+def test_a_box_may_have_begun_long_before_the_run():
+    assert stop_of(rules(), [CLOSE], context=[OPEN, *[SEVEN] * 500]) == (1, StopReason.BOXED)
+
+
+def test_a_box_at_the_end_of_a_segment_ends_the_path_however_far_the_request_ran():
+    box = [OPEN, SEVEN, SEVEN, CLOSE]
+    assert stop_of(rules(), box, segment_tokens=4) == (4, StopReason.BOXED)
+    assert stop_of(rules(), [*box, EOS], segment_tokens=4) == (4, StopReason.BOXED)
 
 
 def test_eos_right_behind_a_box_is_kept():

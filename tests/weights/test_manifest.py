@@ -100,8 +100,15 @@ def test_the_tensors_of_a_sharded_model_are_read_together(tmp_path):
 
 
 def test_a_folder_without_tensors_is_no_model(tmp_path):
-    with pytest.raises(WeightsError, match="no .safetensors file"):
+    with pytest.raises(WeightsError, match=r"no \.safetensors file"):
         model_tensors(tmp_path)
+
+
+def test_a_manifest_of_another_version_is_refused(tmp_path):
+    folder = publish(tmp_path, ARRAYS)
+    moved = folder.rename(folder.with_name("0.99"))
+    with pytest.raises(WeightsError, match=r"0\.99: its manifest is of version 0\.\d+"):
+        verify(moved, EXPECTED)
 
 
 def test_a_missing_tensor_is_refused_by_name(tmp_path):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from treepo_async.errors import WireError
 from treepo_async.wire import messages
-from treepo_async.wire.messages import AnyMessage, Ack, AskLease, Hello, Message, decode, encode
+from treepo_async.wire.messages import Ack, AnyMessage, AskLease, Hello, Message, decode, encode
 
 TYPES = typing.get_args(AnyMessage)
 

@@ -6,7 +6,7 @@ import pytest
 import zmq.asyncio
 
 from treepo_async.errors import DeadlineError, RefusedError, WireError
-from treepo_async.process import free_port
+from treepo_async.process import free_ports
 from treepo_async.wire.messages import Ack, AskLease, Beat, Gate, Hello, Join, Nack, decode
 from treepo_async.wire.sockets import BlockingRequester, Requester, Router
 
@@ -16,7 +16,7 @@ HELLO = Hello(name="actor-0", run_id="run")
 
 @pytest.fixture
 def endpoint():
-    return f"tcp://127.0.0.1:{free_port()}"
+    return f"tcp://127.0.0.1:{free_ports(1)[0]}"
 
 
 @pytest.fixture
@@ -72,12 +72,10 @@ async def test_answers_in_another_order_reach_their_askers(router, endpoint):
 
     async with serving(router, hold), requester(endpoint) as replay, asyncio.timeout(10):
         asks = [
-            asyncio.create_task(
-                replay.ask(Hello(name=name, run_id=""), timeout_s=5, wait="an ack")
-            )
+            asyncio.create_task(replay.ask(Hello(name=name, run_id=""), timeout_s=5, wait="an ack"))
             for name in "abcde"
         ]
-        while len(held) < len(asks):
+        while len(held) < len(asks):  # noqa: ASYNC110 - the router has no event for it
             await asyncio.sleep(0.01)
         for peer, message in reversed(held):
             await router.send(peer, Ack(request=message.request, note=message.name))
@@ -121,7 +119,7 @@ async def test_a_second_answer_to_the_same_request_is_nobodys(router, endpoint):
 async def test_a_deadline_names_the_wait_and_who_should_have_ended_it(router, endpoint):
     async with requester(endpoint, resend_s=0.05) as replay:
         begin = time.monotonic()
-        with pytest.raises(DeadlineError, match="waited 0.2 s for the ack of a tree; replay"):
+        with pytest.raises(DeadlineError, match=r"waited 0\.2 s for the ack of a tree; replay"):
             await replay.ask(HELLO, timeout_s=0.2, wait="the ack of a tree")
     assert 0.2 <= time.monotonic() - begin < 2
 
@@ -252,7 +250,7 @@ def test_a_blocking_deadline_names_the_wait_and_its_length(endpoint, is_up):
         socket.bind(endpoint)
     learner = BlockingRequester(endpoint, name="learner-0", owner="replay", resend_s=0.05)
     begin = time.monotonic()
-    with pytest.raises(DeadlineError, match="waited 0.2 s for the batch; replay"):
+    with pytest.raises(DeadlineError, match=r"waited 0\.2 s for the batch; replay"):
         learner.ask(HELLO, timeout_s=0.2, wait="the batch")
     assert time.monotonic() - begin < 2
     learner.close()
@@ -299,7 +297,7 @@ async def test_sending_to_a_peer_that_has_vanished_says_so(router, endpoint):
             await replay.ask(HELLO, timeout_s=5, wait="an ack")
             assert await router.send(peers[0], Ack()) is True
         async with asyncio.timeout(5):
-            while await router.send(peers[0], Ack()):
+            while await router.send(peers[0], Ack()):  # noqa: ASYNC110 - nor for this
                 await asyncio.sleep(0.01)
 
 

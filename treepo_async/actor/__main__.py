@@ -12,7 +12,7 @@ from treepo_async.actor.expand import ExpandSettings
 from treepo_async.actor.replay_client import ReplayClient
 from treepo_async.actor.worker import RewardSettings, Worker
 from treepo_async.config.command_line import load
-from treepo_async.config.limits import prompt_limit, response_limit
+from treepo_async.config.limits import prompt_limit
 from treepo_async.config.schema import Config
 from treepo_async.config.wiring import Wiring
 from treepo_async.data.source import open_source
@@ -105,26 +105,18 @@ def _evaluator(
     engine: EngineClient,
     gate: GateClient,
 ) -> Evaluator:
-    data = config.data
     source = open_source(
-        data.path,
+        config.data,
         tokenizer=tokenizer,
         seed=config.seed,
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-        instruction=data.instruction,
         max_prompt_tokens=prompt_limit(config, model),
-        epochs=data.epochs,
-        eval_data=data.eval_path,
     )
     return Evaluator(
         engine,
         gate,
         source.heldout(config.eval.problems),
+        settings,
         scorer=get_scorer(config.reward.scorer),
-        stops=settings.stops,
-        temperature=config.tree.temperature,
-        max_new_tokens=response_limit(config),
         timeout_s=config.eval.timeout_s,
     )
 

@@ -7,15 +7,16 @@ such a gate (the host), for completions (the engine client has the deadline), `t
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
-from treepo_async.actor.expand import Engine
-from treepo_async.engine.client import SamplingSettings, all_of
+from treepo_async.actor.expand import Engine, ExpandSettings
+from treepo_async.engine.client import all_of
 from treepo_async.engine.gate import GateClient
 from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.metrics.events import emit
 from treepo_async.scoring.registry import Scorer, score
-from treepo_async.tree.stopping import StopRules, find_stop
+from treepo_async.tree.stopping import find_stop
 from treepo_async.types import PolicyVersion, Prompt
 
 log = logging.getLogger(__name__)
@@ -29,11 +30,9 @@ class Evaluator:
         engine: Engine,
         gate: GateClient,
         problems: Sequence[Prompt],
+        settings: ExpandSettings,
         *,
         scorer: Scorer,
-        stops: StopRules,
-        temperature: float,
-        max_new_tokens: int,
         timeout_s: float,
     ) -> None:
         """Prepare.
@@ -42,16 +41,12 @@ class Evaluator:
             engine: the actor's own client.
             gate: brings the versions.
             problems: the held-out set.
+            settings: of the trees; responses have their temperature, limit and stops.
             scorer: response and answer to accuracy.
-            stops: what ends a response, as in training.
-            temperature: of the sampled accuracy.
-            max_new_tokens: response limit.
             timeout_s: of one evaluation.
         """
         self._engine, self._gate, self._problems = engine, gate, problems
-        self._scorer, self._stops = scorer, stops
-        self._temperature, self._max_new_tokens = temperature, max_new_tokens
-        self._timeout_s = timeout_s
+        self._settings, self._scorer, self._timeout_s = settings, scorer, timeout_s
 
     async def run(self) -> None:
         """Evaluate for ever."""
@@ -67,7 +62,8 @@ class Evaluator:
     async def _evaluate(self, version: PolicyVersion) -> None:
         begin = time.monotonic()
         sampled, greedy = await all_of(
-            self._accuracies(temperature, version.step) for temperature in (self._temperature, 0.0)
+            self._accuracies(temperature, version.step)
+            for temperature in (self._settings.sampling.temperature, 0.0)
         )
         emit(
             "eval",
@@ -85,21 +81,20 @@ class Evaluator:
         )
 
     async def _accuracy(self, problem: Prompt, temperature: float, step: int) -> float:
+        growth, stops = self._settings.growth, self._settings.stops
         (completion,) = await self._engine.extend(
             problem.token_ids.tolist(),
             num_runs=1,
-            max_new_tokens=self._max_new_tokens,
-            sampling=SamplingSettings(temperature, tuple(self._stops.eos_token_ids)),
+            max_new_tokens=growth.limit,
+            sampling=replace(self._settings.sampling, temperature=temperature),
             least_step=step,
         )
         tokens = completion.run.token_ids.tolist()
-        stop = find_stop(self._stops, [], tokens, start=0, segment_tokens=self._max_new_tokens)
+        stop = find_stop(stops, [], tokens, start=0, segment_tokens=growth.segment_tokens)
         kept = len(tokens) if stop is None else stop[0]
-        return score(self._scorer, self._decode(tokens[:kept]), problem.answer)
-
-    @property
-    def _decode(self) -> Callable[[Sequence[int]], str]:
-        return self._stops.decode
+        # in a thread: a user's scorer may be slow, and the gate must be answered meanwhile
+        response = stops.decode(tokens[:kept])
+        return await asyncio.to_thread(score, self._scorer, response, problem.answer)
 
 
 def _mean(accuracies: Sequence[float]) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from treepo_async.scoring.registry import Scorer, reward, score
-from treepo_async.types import Prompt, Provenance, Sampling, Segment, Tree, leaves_of
+from treepo_async.types import Prompt, Provenance, Sampling, Segment, Trajectory, Tree, leaves_of
 
 
 def score_tree(
@@ -33,9 +33,9 @@ def score_tree(
     """
     unscored = Tree(prompt, segments, _none(segments), _none(segments), sampling, provenance)
     accuracies = []
-    for leaf in unscored.leaves:
-        tokens = [t for i in unscored.path(leaf) for t in segments[i].token_ids.tolist()]
-        accuracies.append(score(scorer, decode(tokens), prompt.answer))
+    for leaf in range(len(unscored.leaves)):
+        response = decode(Trajectory(unscored, leaf).token_ids.tolist())
+        accuracies.append(score(scorer, response, prompt.answer))
     rewards = [reward(accuracy, correct, wrong) for accuracy in accuracies]
     tree = Tree(
         prompt,

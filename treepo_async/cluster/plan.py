@@ -8,9 +8,11 @@ from treepo_async.cluster.role import RoleSpec
 from treepo_async.config.limits import response_limit
 from treepo_async.config.schema import Config
 from treepo_async.config.wiring import Wiring
-from treepo_async.process import free_port
+from treepo_async.process import free_ports
+from treepo_async.types import Prompt
 
 ACTOR_RESTARTS = 3
+PROMPT_CHARACTERS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,14 @@ class Plan:
 def make_plan(config: Config, *, run_dir: Path, model_dir: Path) -> Plan:
     """Name, number and wire the roles of a run."""
     run_id = secrets.token_hex(4)
+    replay_port, gate_port, engine_port = free_ports(3)
     shared = Wiring(
         run_id=run_id,
         run_dir=str(run_dir.resolve()),
         model_dir=str(model_dir.resolve()),
-        replay_endpoint=f"tcp://127.0.0.1:{free_port()}",
-        gate_endpoint=f"tcp://127.0.0.1:{free_port()}",
-        engine_url=f"http://127.0.0.1:{free_port()}",
+        replay_endpoint=f"tcp://127.0.0.1:{replay_port}",
+        gate_endpoint=f"tcp://127.0.0.1:{gate_port}",
+        engine_url=f"http://127.0.0.1:{engine_port}",
         role="",
     )
 
@@ -58,8 +61,8 @@ def make_plan(config: Config, *, run_dir: Path, model_dir: Path) -> Plan:
     )
 
 
-def describe(config: Config, plan: Plan) -> str:
-    """The plan as text."""
+def describe(config: Config, plan: Plan, prompt: Prompt) -> str:
+    """The plan as text, with one prompt as the engine will get it."""
     tree, replay = config.tree, config.replay
     trajectories = replay.prompts_per_batch * tree.width
     kinds: dict[str, int] = {}
@@ -69,6 +72,7 @@ def describe(config: Config, plan: Plan) -> str:
         ("run", f"{plan.run_dir} (seed {config.seed})"),
         ("model", f"{config.model.path} at {plan.model_dir}"),
         ("data", f"{config.data.path}, scored by {config.reward.scorer}"),
+        ("prompt", f"{_short(prompt.text)!r} ({len(prompt.token_ids)} tokens), e.g. {prompt.id}"),
         (
             "tree",
             f"{tree.width} leaves, segments of {tree.segment_tokens} x depth {tree.max_depth}, "
@@ -86,3 +90,7 @@ def describe(config: Config, plan: Plan) -> str:
         ("roles", ", ".join(f"{n} {kind}" for kind, n in kinds.items())),
     ]
     return "\n".join(f"  {name:<8} {text}" for name, text in lines)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= PROMPT_CHARACTERS else text[: PROMPT_CHARACTERS - 3] + "..."

@@ -1,15 +1,23 @@
 """What a run needs before its roles start: the model's folder and the run's folder."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from treepo_async.config.command_line import to_yaml
+from treepo_async.config.limits import prompt_limit
 from treepo_async.config.schema import Config
-from treepo_async.errors import ConfigError
+from treepo_async.data.source import PromptSource, open_source
+from treepo_async.data.tokenizer import TextTokenizer
+from treepo_async.errors import ConfigError, DataError
+from treepo_async.scoring.registry import get_scorer
 from treepo_async.tiny.cache import prepare
+from treepo_async.types import Prompt
 
 TINY = "tiny"
+MAX_TRIED = 100
+"""Training prompts that are tried before the data counts as unusable."""
 
 
 def prepare_model(
@@ -42,17 +50,58 @@ def prepare_model(
         ) from error
 
 
-def prepare_run_dir(config: Config) -> Path:
-    """Create the run's folder and save the resolved config in it.
+def try_inputs(config: Config, model_dir: Path) -> Prompt:
+    """Open data, tokenizer and scorer as the roles will, so that what is wrong is told before they start.
+
+    Returns:
+        A prompt as the engine will get it.
 
     Raises:
-        ConfigError: the folder holds another run already.
+        ConfigError, DataError: naming the key, and what would do.
+    """
+    config_file = model_dir / "config.json"
+    if not config_file.is_file():
+        raise ConfigError(f"model.path={config.model.path}: {model_dir} has no config.json")
+    get_scorer(config.reward.scorer)
+    source = open_source(
+        config.data,
+        tokenizer=TextTokenizer.load(model_dir),
+        seed=config.seed,
+        max_prompt_tokens=prompt_limit(config, json.loads(config_file.read_text())),
+    )
+    if config.eval.every and not source.heldout(1):
+        raise DataError(
+            f"data.path={config.data.path} has no held-out problem; give data.eval_path"
+        )
+    return _first_usable(source)
+
+
+def _first_usable(source: PromptSource) -> Prompt:
+    """The first training prompt that does not raise; the first reason when none of many can be used."""
+    reasons = []
+    for index in range(MAX_TRIED):
+        try:
+            return source.prompt(index)
+        except DataError as error:
+            reasons.append(str(error))
+    raise DataError(f"none of the first {MAX_TRIED} prompts can be used: {reasons[0]}")
+
+
+def choose_run_dir(config: Config) -> Path:
+    """The run's folder, not made yet.
+
+    Raises:
+        ConfigError: it holds another run already.
     """
     run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if (run_dir / "config.yaml").exists():
         raise ConfigError(
             f"run_dir={run_dir} holds a run already, and runs cannot be resumed yet; name another folder"
         )
+    return run_dir
+
+
+def make_run_dir(config: Config, run_dir: Path) -> None:
+    """Make the run's folder and save the resolved config in it."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    return run_dir

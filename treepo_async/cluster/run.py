@@ -20,7 +20,7 @@ def run(config: Config, plan: Plan, *, say: Callable[[str], None]) -> str | None
     sinks = _open_sinks(plan.run_dir, tensorboard=config.metrics.tensorboard)
     rules = SupervisorRules(
         num_steps=config.steps,
-        evaluates=config.eval.every > 0,
+        eval_every=config.eval.every,
         start_timeout_s=config.cluster.start_timeout_s,
         stop_timeout_s=config.cluster.stop_timeout_s,
         eval_timeout_s=config.eval.timeout_s,

@@ -38,7 +38,8 @@ class SupervisorRules:
     """Deadlines of the driver."""
 
     num_steps: int
-    evaluates: bool
+    eval_every: int
+    """Steps between evaluations, 0: none."""
     start_timeout_s: float
     stop_timeout_s: float
     eval_timeout_s: float
@@ -114,17 +115,34 @@ class Supervisor:
 
     def _reports(self) -> list[RoleReport]:
         pending = [self._hosts[spec.name].report.remote() for spec in self.plan.roles]
-        reports: list[RoleReport] = self.cluster.ray.get(pending, timeout=REPORT_TIMEOUT_S)
-        return reports
+        pairs = zip(self.plan.roles, pending, strict=True)
+        return [self._get(spec.name, reference) for spec, reference in pairs]
+
+    def _get(self, role: str, reference: Any) -> Any:
+        """The result of a call to a role's host."""
+        ray = self.cluster.ray
+        try:
+            return ray.get(reference, timeout=REPORT_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            first_line = next(iter(str(error).splitlines()), "")
+            cause = f"lost its Ray worker: {type(error).__name__} {first_line}"
+            raise RoleError(role, cause, self._tail_of(role)) from error
 
     def _is_over(self, done_at: float | None) -> bool:
         """Whether the learner is done and nothing is to come: no evaluation, no word of the last weights."""
         if done_at is None:
             return False
         waited = time.monotonic() - done_at
-        if self.rules.evaluates and self._evaluated_step < (self._num_steps_done or 0):
+        if self._evaluated_step < self._last_evaluation():
             return waited > self.rules.eval_timeout_s
         return self._held_step is None or waited > SETTLE_S
+
+    def _last_evaluation(self) -> int:
+        """The last policy step that is evaluated; the data may have ended before the wanted steps."""
+        done, every = self._num_steps_done or 0, self.rules.eval_every
+        if every == 0:
+            return -1
+        return done if done == self.rules.num_steps else done - done % every
 
     def _check_start(self) -> None:
         missing = [spec.name for spec in self.plan.roles if spec.name not in self._ready]
@@ -204,12 +222,12 @@ class Supervisor:
         if report.exit_code == 0 and self._num_steps_done is not None:
             return
         self._num_deaths[spec.name] = self._num_deaths.get(spec.name, 0) + 1
-        cause = f"ended with code {report.exit_code}"
+        cause = _cause(report.exit_code)
         if self._num_deaths[spec.name] > spec.max_restarts:
             raise RoleError(spec.name, cause, report.tail)
         last = report.tail.rstrip().rpartition("\n")[2].strip(" |+-")
         self._line(f"{spec.name} {cause}; starting it again ({last}; see logs/{spec.name}.log)")
-        self.cluster.ray.get(self._hosts[spec.name].start.remote(), timeout=REPORT_TIMEOUT_S)
+        self._get(spec.name, self._hosts[spec.name].start.remote())
 
     def _stop_all(self) -> None:
         """Askers first, the engine last, so that nothing is asked of what has gone."""
@@ -225,6 +243,13 @@ class Supervisor:
             raise StoppedError
         self._stopping = True
         self._line(f"{signal.Signals(number).name}: stopping; once more to stop at once")
+
+
+def _cause(exit_code: int | None) -> str:
+    """How a process ended; a negative code is the number of a signal."""
+    if exit_code is not None and exit_code < 0:
+        return f"was killed by {signal.Signals(-exit_code).name}"
+    return f"ended with code {exit_code}"
 
 
 def _eval_record(event: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Token limits that follow from several knobs and the model, said once."""
+"""Token limits that follow from several knobs and the model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,6 +31,12 @@ def context_length(config: Config, model: Mapping[str, Any]) -> int:
     wanted = config.engine.context_length or min(most, room)
     if wanted > most:
         raise ConfigError(f"engine.context_length={wanted} is above the model's {most} positions")
+    pool = config.engine.max_total_tokens
+    if pool is not None and pool < wanted:
+        raise ConfigError(
+            f"engine.max_total_tokens={pool} cannot hold one context of {wanted} tokens; raise it, "
+            "or lower engine.context_length"
+        )
     if wanted <= response_limit(config) + SPARE_TOKENS:
         raise ConfigError(
             f"responses of up to {response_limit(config)} tokens (tree.segment_tokens * tree.max_depth) leave no "

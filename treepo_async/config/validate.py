@@ -27,6 +27,8 @@ def _check_values(config: Config) -> Iterator[str]:
             continue
         if isinstance(value, float) and not math.isfinite(value):
             yield f"{key}={value} must be a finite number"
+        if isinstance(value, str) and "${" in value:
+            yield f"{key}={value} holds '${{', which would be read as a reference; write it another way"
         if bounds["choices"] and value not in bounds["choices"]:
             yield f"{key}={value} is not one of {', '.join(bounds['choices'])}"
         if bounds["at_least"] is not None and value < bounds["at_least"]:
@@ -42,6 +44,8 @@ def _check_combinations(config: Config) -> Iterator[str]:
             f"tree.first_fork_min={tree.first_fork_min}, tree.first_fork_max={tree.first_fork_max} and "
             f"tree.width={tree.width} must not decrease in this order"
         )
+    if tree.repetition_count == 1:
+        yield "tree.repetition_count=1 would end every segment; give 0 (never) or at least 2"
     for name in ("clip_low", "beta1", "beta2"):
         if not 0 <= getattr(learner, name) < 1:
             yield f"learner.{name}={getattr(learner, name)} must be at least 0 and below 1"

@@ -155,7 +155,16 @@ def _record(
         raise row
     question = _text(row, prompt_field, PROMPT_FIELDS, "data.prompt_field")
     answer = _text(row, answer_field, ANSWER_FIELDS, "data.answer_field")
+    for text in (question, answer):
+        _check_encodable(text)
     return Record(number, question, final_gsm8k_answer(answer))
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"holds half a character at {error.start}; repair or delete it") from error
 
 
 def _text(

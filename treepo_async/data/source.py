@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from treepo_async.config.schema import DataConfig
 from treepo_async.data.records import Record, Records, read_records
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import DataError
@@ -56,41 +57,28 @@ class PromptSource(Protocol):
         ...
 
 
-def open_source(  # noqa: PLR0913 - one argument for each key of the data section
-    data: str,
-    *,
-    tokenizer: TextTokenizer,
-    seed: int,
-    prompt_field: str | None,
-    answer_field: str | None,
-    instruction: str,
-    max_prompt_tokens: int,
-    epochs: int | None,
-    eval_data: str | None,
+def open_source(
+    data: DataConfig, *, tokenizer: TextTokenizer, seed: int, max_prompt_tokens: int
 ) -> PromptSource:
-    """Open a source by name.
+    """Open the source that the data section names.
 
     Args:
-        data: `tiny`, or what `records.read_records` reads.
+        data: the section; `tiny` uses none of it but its path.
         tokenizer: of the model that is fed.
         seed: of the order of records, or of the problems of `tiny`.
-        prompt_field: field of the question; None finds it.
-        answer_field: field of the answer; None finds it.
-        instruction: appended to every question on a line of its own; not used by `tiny`.
-        max_prompt_tokens: longer prompts raise.
-        epochs: passes over the data, None for no end; `tiny` never ends.
-        eval_data: where held-out records come from; None holds out one record in twenty.
+        max_prompt_tokens: longer prompts raise; the section's own limit may be larger than the model allows.
 
     Raises:
         ConfigError: a source does not exist or has a form that is not read.
         DataError: no usable record, or none left to train on.
     """
-    text = _PromptText(tokenizer, instruction, max_prompt_tokens)
-    if data == TINY:
+    text = _PromptText(tokenizer, data.instruction, max_prompt_tokens)
+    if data.path == TINY:
         return TinySource(text, seed)
-    records = read_records(data, prompt_field, answer_field)
-    heldout = None if eval_data is None else read_records(eval_data, prompt_field, answer_field)
-    return RecordSource(records, heldout, text, seed=seed, epochs=epochs)
+    fields = data.prompt_field, data.answer_field
+    records = read_records(data.path, *fields)
+    heldout = None if data.eval_path is None else read_records(data.eval_path, *fields)
+    return RecordSource(records, heldout, text, seed=seed, epochs=data.epochs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +97,8 @@ class _PromptText:
         token_ids = self.tokenizer.encode(text)
         if len(token_ids) > self.max_prompt_tokens:
             raise DataError(
-                f"{prompt_id} has {len(token_ids)} prompt tokens, more than data.max_prompt_tokens="
-                f"{self.max_prompt_tokens}; raise the limit or shorten the record"
+                f"{prompt_id} has {len(token_ids)} prompt tokens, more than the {self.max_prompt_tokens} "
+                "that data.max_prompt_tokens and the model's context allow; shorten the record"
             )
         return Prompt(prompt_id, token_ids, text, answer)
 
@@ -167,7 +155,7 @@ class RecordSource:
         if not self._training:
             raise DataError(
                 f"{records.name} has no record left to train on: all {len(records.records)} are held "
-                "out; give more records, or an eval_data that does not contain them"
+                "out; give more records, or a data.eval_path that does not contain them"
             )
         self._text = text
         self._seed = seed

@@ -168,7 +168,7 @@ class EngineClient:
             raise EngineError(f"SGLang answered {answer.status}: {raw[:300]!r}")
         try:
             return _completion(json.loads(raw), version, wall_s=clock() - begin)
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise EngineError(f"SGLang's answer cannot be used: {error!r}") from error
 
     async def _abort(self, request_id: str) -> None:

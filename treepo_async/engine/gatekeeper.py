@@ -1,7 +1,7 @@
 """The host's side of the gate: who the clients are, when all have drained, and when a version is evaluated.
 
 Waits: for every live client to drain after `close` (the clients end the wait; deadline given by the caller, and
-a client that has been silent for `SILENT_S` no longer counts).
+a client that has been silent for `silent_s` no longer counts).
 """
 
 import asyncio
@@ -31,7 +31,8 @@ class _Client:
 class GateKeeper:
     """Opens and closes the gate; `serve()` must run beside it."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, *, silent_s: float = SILENT_S) -> None:
+        self._silent_s = silent_s
         self._router = Router(endpoint, max_bytes=MAX_MESSAGE_BYTES)
         self._gate = Gate(epoch=0, is_open=False)
         self._clients: dict[bytes, _Client] = {}
@@ -73,7 +74,7 @@ class GateKeeper:
                 while any(c.drained_epoch < self._gate.epoch for c in self._live()):
                     self._changed.clear()
                     waiter = asyncio.create_task(self._changed.wait())
-                    await asyncio.wait([waiter], timeout=SILENT_S)
+                    await asyncio.wait([waiter], timeout=self._silent_s)
                     waiter.cancel()
         except TimeoutError:
             return False
@@ -89,7 +90,7 @@ class GateKeeper:
 
     def _live(self) -> list[_Client]:
         now = time.monotonic()
-        return [c for c in self._clients.values() if now - c.last_seen < SILENT_S]
+        return [c for c in self._clients.values() if now - c.last_seen < self._silent_s]
 
     async def _announce(self, *, is_open: bool, version: PolicyVersion, evaluate: bool) -> None:
         self._gate = Gate(

@@ -138,7 +138,8 @@ class Host:
             EngineError: it is above `gap_alarm` or no number.
         """
         found = await self.server.score(probe.token_ids, timeout_s=self.rules.update_timeout_s)
-        engine, learner = np.concatenate(found), np.concatenate(probe.logprobs)
+        engine = np.array([x for logprobs in found for x in logprobs], dtype=np.float64)
+        learner = np.array([x for logprobs in probe.logprobs for x in logprobs])
         gap = float(np.abs(engine - learner).max()) if len(engine) == len(learner) else math.inf
         # written so that NaN is above everything
         if not gap <= self.rules.gap_alarm:

@@ -18,7 +18,7 @@ from treepo_async.learner.optimizer import OptimizerSettings
 from treepo_async.learner.step import build_learner
 from treepo_async.learner.worker import Worker, WorkerRules
 from treepo_async.metrics.events import emit
-from treepo_async.process import free_port
+from treepo_async.process import free_ports
 from treepo_async.weights.store import WeightStore
 from treepo_async.wire.messages import Hello
 from treepo_async.wire.sockets import BlockingRequester
@@ -35,7 +35,8 @@ def main(wiring: Wiring) -> None:
     config = load(wiring.config_file)
     torch.set_num_threads(config.learner.cpu_threads)
     layout = Layout.parse(config.learner.layout)
-    open_groups(layout, rank=0, address=f"127.0.0.1:{free_port()}", timeout_s=GROUP_TIMEOUT_S)
+    (port,) = free_ports(1)
+    open_groups(layout, rank=0, address=f"127.0.0.1:{port}", timeout_s=GROUP_TIMEOUT_S)
     replay = BlockingRequester(wiring.replay_endpoint, name=wiring.role, owner="replay")
     try:
         worker = _worker(config, wiring, replay)

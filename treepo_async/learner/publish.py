@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from treepo_async.types import Float32, Int32, PolicyVersion, Tree
+from treepo_async.types import Float32, Int32, PolicyVersion, Trajectory, Tree
 from treepo_async.weights.manifest import Probe, TensorInfo
 from treepo_async.weights.store import NamedTensor, WeightStore
 
@@ -69,9 +69,8 @@ def probe_sequences(trees: Sequence[Tree]) -> list[Int32]:
     """Prompt and first trajectory of a few trees, [T] each."""
     chosen = []
     for tree in trees[:PROBE_SEQUENCES]:
-        path = tree.path(tree.leaves[0])
-        response = [tree.segments[i].token_ids for i in path]
-        chosen.append(np.concatenate([tree.prompt.token_ids, *response])[:PROBE_TOKENS])
+        trajectory = Trajectory(tree, leaf=0)
+        chosen.append(np.concatenate([tree.prompt.token_ids, trajectory.token_ids])[:PROBE_TOKENS])
     return chosen
 
 

@@ -23,17 +23,11 @@ async def main(wiring: Wiring) -> None:
     """Serve until the driver ends the process."""
     config = load(wiring.config_file)
     model = json.loads((Path(wiring.model_dir) / "config.json").read_text())
-    data = config.data
     source = open_source(
-        data.path,
+        config.data,
         tokenizer=TextTokenizer.load(Path(wiring.model_dir)),
         seed=config.seed,
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-        instruction=data.instruction,
         max_prompt_tokens=prompt_limit(config, model),
-        epochs=data.epochs,
-        eval_data=data.eval_path,
     )
     router = Router(wiring.replay_endpoint, max_bytes=config.replay.max_tree_bytes)
     server = ReplayServer(
@@ -44,6 +38,8 @@ async def main(wiring: Wiring) -> None:
         run_id=wiring.run_id,
         vocab_size=model["vocab_size"],
     )
+    if source.num_skipped:
+        emit("alarm", alarm="records skipped", number=source.num_skipped, first=source.skipped[0])
     emit("ready")
     try:
         await server.run()

@@ -191,10 +191,16 @@ class Queue:
     def next_batch(self, step: int) -> list[Entry] | None:
         """Consume the trees of a step, in lease order; None while one of them is missing.
 
-        Asked again for the step it consumed last, it gives the same trees.
+        Asked again for a step that is not published yet, it gives the same trees.
+
+        Raises:
+            RefusedError: the step is neither such a one nor the next.
         """
         if step in self._consumed:
             return self._consumed[step]
+        following = self._num_consumed // self.rules.prompts_per_batch
+        if step != following:
+            raise RefusedError("wrong_step", f"asked for {step}, next is {following}", retry=False)
         first = list(self._live.values())[: self.rules.prompts_per_batch]
         if len(first) < self.rules.prompts_per_batch or any(
             e.state is not State.ACCEPTED for e in first

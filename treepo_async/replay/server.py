@@ -108,8 +108,9 @@ class ReplayServer:
         try:
             return self._handle(peer, message, frames[1:])
         except RefusedError as error:
+            detail = str(error).removeprefix(f"{error.reason}: ")
             return Nack(
-                request=message.request, reason=error.reason, detail=str(error), retry=error.retry
+                request=message.request, reason=error.reason, detail=detail, retry=error.retry
             )
         except WireError as error:
             emit("alarm", alarm="invalid tree refused", detail=str(error))
@@ -169,6 +170,8 @@ class ReplayServer:
         )
         if outcome == "accepted":
             self.spool.append(message.lease_id, attachment)
+        if outcome == "reward_error":
+            emit("alarm", alarm="no leaf could be scored", prompt=tree.prompt.id)
         _report(tree, outcome)
         return outcome
 

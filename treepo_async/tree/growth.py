@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from treepo_async.tree.cut import Run, cut
-from treepo_async.types import ROOT, Segment, StopReason
+from treepo_async.types import ROOT, Segment, StopReason, path_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +119,9 @@ class Growth:
         missing = self.rules.width - len(self._finished)
         return (f"{missing} leaves fewer than the width: fallback is off",) if missing else ()
 
-    def path(self, parent: int) -> list[int]:
+    def path(self, parent: int) -> tuple[int, ...]:
         """Segment indices from the prompt down to `parent`."""
-        steps = []
-        while parent != ROOT:
-            steps.append(parent)
-            parent = self.segments[parent].parent
-        return steps[::-1]
+        return path_of(self.segments, parent)
 
     def _end(self, parent: int) -> int:
         """Response tokens on the path up to and including `parent`."""

@@ -1,8 +1,8 @@
 """When a path ends: the first token of a run that completes a stop.
 
 The token that completes a stop is the path's last; what the engine decoded behind it is cut, so that leaves
-do not depend on how far a request ran on. An end-of-sequence token right behind a box is kept: it costs
-nothing and teaches the model to end there.
+do not depend on how far a request ran on. An end-of-sequence token right behind a box is kept where it lies in the
+box's own segment: it costs nothing and teaches the model to end there.
 """
 
 from bisect import bisect_left
@@ -11,9 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from treepo_async.types import StopReason
-
-TAIL_TOKENS = 64
-"""Tokens before a run in which a box that the run completes may have begun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +38,9 @@ def find_stop(
 
     Args:
         rules: what ends a path.
-        context: response tokens before the run, at least the last `TAIL_TOKENS` of them.
+        context: response tokens before the run, where a box that the run completes may have begun.
         token_ids: the run, [T].
-        start: response tokens before the run, for the grid on which repetition is counted.
+        start: their number, for the grid.
         segment_tokens: the grid.
 
     Returns:
@@ -58,7 +55,8 @@ def find_stop(
     if stop is None:
         return None
     kept, reason = stop
-    if reason is StopReason.BOXED and _find_eos(rules, token_ids[kept : kept + 1]):
+    same_segment = (start + kept) % segment_tokens != 0
+    if reason is StopReason.BOXED and same_segment and _find_eos(rules, token_ids[kept : kept + 1]):
         return kept + 1, StopReason.EOS
     return stop
 
@@ -73,10 +71,10 @@ def _find_eos(rules: StopRules, token_ids: Sequence[int]) -> tuple[int, StopReas
 def _find_boxed(
     rules: StopRules, context: Sequence[int], token_ids: Sequence[int]
 ) -> tuple[int, StopReason] | None:
-    boxed_end, tail = rules.boxed_end, list(context[-TAIL_TOKENS:])
+    boxed_end, before = rules.boxed_end, list(context)
     if boxed_end is None:
         return None
-    kept = _first(token_ids, lambda head: boxed_end(rules.decode(tail + list(head))) is not None)
+    kept = _first(token_ids, lambda head: boxed_end(rules.decode(before + list(head))) is not None)
     return None if kept is None else (kept, StopReason.BOXED)
 
 

@@ -125,9 +125,12 @@ def verify(folder: Path, expected: Mapping[str, TensorInfo]) -> Manifest:
         expected: the model's tensors.
 
     Raises:
-        WeightsError: a tensor is missing, unknown, of another shape or dtype, or damaged.
+        WeightsError: a tensor is missing, unknown, of another shape or dtype, or damaged; or the
+            manifest is of another version than the folder.
     """
     manifest = Manifest.read(folder)
+    if manifest.version != folder.name:
+        raise WeightsError(f"{folder}: its manifest is of version {manifest.version}")
     _compare(f"{folder}: manifest", manifest.tensors, expected)
     _compare(f"{folder}: {WEIGHTS_FILE}", read_tensors(folder / WEIGHTS_FILE), expected)
     damaged = [

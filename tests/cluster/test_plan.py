@@ -1,0 +1,78 @@
+import json
+from pathlib import Path
+
+import numpy as np
+
+from treepo_async.cluster.plan import describe, make_plan
+from treepo_async.config.schema import ActorConfig, Config, LearnerConfig
+from treepo_async.config.wiring import Wiring
+from treepo_async.types import Prompt
+
+
+def plan_of(config, folder=Path("run")):
+    return make_plan(config, run_dir=folder, model_dir=Path("model"))
+
+
+def test_every_role_has_a_name_a_module_and_its_number():
+    plan = plan_of(Config(actors=3))
+    assert [(role.name, role.module, role.wiring.index) for role in plan.roles] == [
+        ("engine-0", "engine", 0),
+        ("learner-0", "learner", 0),
+        ("replay-0", "replay", 0),
+        ("actor-0", "actor", 0),
+        ("actor-1", "actor", 1),
+        ("actor-2", "actor", 2),
+    ]
+    assert all(role.wiring.role == role.name for role in plan.roles)
+
+
+def test_all_roles_share_one_wiring_on_loopback_with_absolute_folders():
+    plan = plan_of(Config(actors=2))
+    shared = {
+        json.dumps({**json.loads(r.wiring.to_json()), "role": "", "index": 0}) for r in plan.roles
+    }
+    assert len(shared) == 1
+    wiring = plan.roles[0].wiring
+    assert wiring.run_id == plan.run_id
+    assert wiring.replay_endpoint.startswith("tcp://127.0.0.1:")
+    assert wiring.gate_endpoint.startswith("tcp://127.0.0.1:")
+    assert wiring.engine_url.startswith("http://127.0.0.1:")
+    assert Path(wiring.run_dir) == Path("run").resolve()
+    assert Path(wiring.model_dir).is_absolute()
+    ports = {url.rpartition(":")[2] for url in (wiring.replay_endpoint, wiring.gate_endpoint, wiring.engine_url)}  # fmt: skip
+    assert len(ports) == 3
+
+
+def test_two_runs_never_share_an_id():
+    assert plan_of(Config()).run_id != plan_of(Config()).run_id
+
+
+def test_only_actors_are_started_again_and_threads_come_from_the_config():
+    config = Config(learner=LearnerConfig(cpu_threads=4), actor=ActorConfig(cpu_threads=2))
+    plan = plan_of(config)
+    assert {(r.module, r.max_restarts > 0) for r in plan.roles} == {
+        ("engine", False), ("learner", False), ("replay", False), ("actor", True),
+    }  # fmt: skip
+    threads = {r.module: r.cpu_threads for r in plan.roles}
+    assert (threads["learner"], threads["actor"]) == (4, 2)
+
+
+def test_a_wiring_is_read_back_as_it_was_handed_over():
+    wiring = plan_of(Config()).roles[-1].wiring
+    assert Wiring.parse(wiring.to_json()) == wiring
+
+
+def test_the_plan_tells_a_person_what_will_run():
+    config = Config(actors=2, steps=60, seed=3)
+    prompt = Prompt("tiny-train-0", np.arange(9, dtype=np.int32), "1+2*3\n" + "4" * 80, "7")
+    text = describe(config, plan_of(config), prompt)
+    assert text.splitlines() == [
+        "  run      run (seed 3)",
+        "  model    tiny at model",
+        "  data     tiny, scored by exact",
+        r"  prompt   '1+2*3\n" + "4" * 71 + "...' (9 tokens), e.g. tiny-train-0",
+        "  tree     16 leaves, segments of 10 x depth 7, responses up to 70 tokens",
+        "  batch    16 trees x 16 leaves = 256 trajectories a step, 60 steps, staleness at most 1",
+        "  learner  Megatron-Core tp1, lr 0.0003, float32",
+        "  roles    1 engine, 1 learner, 1 replay, 2 actor",
+    ]

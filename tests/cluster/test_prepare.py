@@ -1,0 +1,109 @@
+import json
+
+import pytest
+
+from treepo_async.cluster.prepare import choose_run_dir, make_run_dir, prepare_model, try_inputs
+from treepo_async.config.command_line import load, parse
+from treepo_async.config.schema import Config
+from treepo_async.errors import ConfigError, DataError, TreepoError
+from treepo_async.tiny.tokenizer import save_tokenizer
+
+
+def model_at(path, tmp_path):
+    return prepare_model(str(path), cache_dir=tmp_path / "cache", seed=0, report=lambda *_: None)
+
+
+def test_a_folder_is_the_model(tmp_path):
+    assert model_at(tmp_path, tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize("path", ["no-such-folder", "/no/such/folder", "a/b/c"])
+def test_a_path_that_is_nothing_is_named(path, tmp_path):
+    with pytest.raises(ConfigError, match=f"model.path={path} is no folder"):
+        model_at(path, tmp_path)
+
+
+@pytest.mark.parametrize("path", ["no owner/of that name", "/no-such-folder"])
+def test_a_name_that_no_hub_knows_is_a_config_error(path, tmp_path):
+    with pytest.raises(ConfigError, match=f"model.path={path} cannot be downloaded.*local folder"):
+        model_at(path, tmp_path)
+
+
+def test_a_model_that_cannot_be_downloaded_is_a_config_error(tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(ConfigError, match=r"(?s)model.path=owner/model cannot be downloaded"):
+        model_at("owner/model", tmp_path)
+
+
+def test_a_run_folder_is_made_with_the_resolved_config(tmp_path):
+    config = Config(run_dir=str(tmp_path / "deep" / "run"), steps=7)
+    run_dir = choose_run_dir(config)
+    assert run_dir == tmp_path / "deep" / "run"
+    assert not run_dir.exists()
+    make_run_dir(config, run_dir)
+    assert (run_dir / "logs").is_dir()
+    assert load(run_dir / "config.yaml") == config
+
+
+def test_a_folder_that_holds_a_run_is_refused(tmp_path):
+    make_run_dir(Config(), tmp_path)
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"run_dir=.* holds a run already.*another folder"):
+        choose_run_dir(Config(run_dir=str(tmp_path), steps=1))
+    assert (tmp_path / "config.yaml").read_text() == before
+
+
+def test_without_a_name_a_run_goes_below_runs():
+    assert choose_run_dir(Config()).parent.name == "runs"
+
+
+@pytest.fixture
+def model_dir(tmp_path):
+    """All that the inputs need of a model."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_tokenizer(folder, max_tokens=512)
+    sizes = {"vocab_size": 384, "max_position_embeddings": 512}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return folder
+
+
+def test_inputs_that_can_be_used_give_a_prompt(model_dir):
+    prompt = try_inputs(Config(), model_dir)
+    assert prompt.id == "tiny-train-0"
+    assert len(prompt.token_ids) > 0
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"has no config\.json"):
+        try_inputs(Config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["data=missing.jsonl"], r"missing\.jsonl does not exist"),
+        (["reward.scorer=exat"], "did you mean exact"),
+        (["tree.max_depth=60"], r"lower tree\.max_depth"),
+    ],
+)
+def test_inputs_that_cannot_be_used_are_named_before_anything_starts(words, named, model_dir):
+    with pytest.raises(TreepoError, match=named):
+        try_inputs(parse(words), model_dir)
+
+
+def test_data_without_a_usable_prompt_says_why(model_dir, tmp_path):
+    long = {"question": "x" * 2000, "answer": "1"}
+    data = tmp_path / "long.jsonl"
+    data.write_text("\n".join(json.dumps({**long, "number": i}) for i in range(3)))
+    with pytest.raises(DataError, match=r"none of the first 100 prompts can be used: long-.*tokens"):
+        try_inputs(parse([f"data={data}", "eval.every=0"]), model_dir)
+
+
+def test_evaluation_needs_a_held_out_problem(model_dir, tmp_path):
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps({"question": "1+1?", "answer": "2"}))
+    with pytest.raises(DataError, match=r"no held-out problem; give data\.eval_path"):
+        try_inputs(parse([f"data={data}"]), model_dir)

@@ -1,0 +1,57 @@
+import os
+import re
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from treepo_async.cluster.plan import make_plan
+from treepo_async.cluster.ray_cluster import ray_cluster
+from treepo_async.cluster.role import RoleHost
+from treepo_async.config.schema import Config
+
+SOON_S = 60.0
+
+
+def family():
+    return psutil.Process().children(recursive=True)
+
+
+def temporary_folders():
+    """Those that processes of this test were told of."""
+    words = " ".join(word for process in family() for word in process.cmdline())
+    return {Path(folder) for folder in re.findall(r"/tmp/treepo-[0-9a-f]{6}", words)}
+
+
+@pytest.fixture
+def variables():
+    """The environment is after the test as it was before."""
+    saved = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+@pytest.mark.usefixtures("variables")
+def test_a_cluster_runs_a_role_and_leaves_nothing_behind(tmp_path):
+    plan = make_plan(Config(), run_dir=tmp_path / "no-run", model_dir=tmp_path)
+    spec, before = plan.roles[-1], {process.pid for process in family()}
+    with ray_cluster(None, cache_dir=tmp_path / "cache", num_roles=1) as cluster:
+        (temporary,) = temporary_folders()
+        assert temporary.exists()
+        host = cluster.ray.remote(num_cpus=0)(RoleHost).remote(spec, tmp_path / "actor.log")
+        cluster.ray.get(host.start.remote(), timeout=SOON_S)
+        cluster.record()
+        deadline = time.monotonic() + SOON_S
+        while (report := cluster.ray.get(host.report.remote(), timeout=SOON_S)).exit_code is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        assert report.exit_code == 1
+        assert "no-run/config.yaml" in report.tail
+        assert (tmp_path / "cache" / "ray_token").stat().st_mode & 0o777 == 0o600
+    assert not temporary.exists()
+    assert {process.pid for process in family()} <= before
+    assert list((tmp_path / "cache" / "running").iterdir()) == []

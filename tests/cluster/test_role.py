@@ -1,0 +1,114 @@
+import asyncio
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from treepo_async.cluster.plan import make_plan
+from treepo_async.cluster.prepare import make_run_dir
+from treepo_async.cluster.role import RoleHost
+from treepo_async.config.schema import Config
+from treepo_async.tiny.tokenizer import save_tokenizer
+from treepo_async.wire.messages import Ack, Hello
+from treepo_async.wire.sockets import Requester
+
+SOON_S = 30.0
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """Of a replay that can run: a model folder without weights is all that it needs."""
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    save_tokenizer(model_dir, max_tokens=512)
+    (model_dir / "config.json").write_text(
+        json.dumps({"vocab_size": 128, "max_position_embeddings": 512})
+    )
+    config = Config(run_dir=str(tmp_path / "run"))
+    run_dir = tmp_path / "run"
+    make_run_dir(config, run_dir)
+    plan = make_plan(config, run_dir=run_dir, model_dir=model_dir)
+    return next(role for role in plan.roles if role.module == "replay")
+
+
+@pytest.fixture
+def hosted(tmp_path):
+    """Hosts as plain objects; what they started is stopped after the test."""
+    hosts = []
+
+    def host(spec):
+        hosts.append(RoleHost(spec, tmp_path / f"{len(hosts)}.log"))
+        return hosts[-1]
+
+    yield host
+    for each in hosts:
+        each.stop(1.0)
+
+
+def reports_until(host, holds):
+    """All events up to the report for which `holds`, and that report."""
+    events, deadline = [], time.monotonic() + SOON_S
+    while time.monotonic() < deadline:
+        report = host.report()
+        events += report.events
+        if holds(report):
+            return events, report
+        time.sleep(0.05)
+    raise AssertionError(f"not in {SOON_S} s: {host.report()}")
+
+
+def has_ended(report):
+    return report.exit_code is not None
+
+
+def test_a_role_that_is_not_there_ends_with_its_last_words(spec, hosted, tmp_path):
+    host = hosted(replace(spec, module="no_such_role"))
+    pid = host.start()
+    events, report = reports_until(host, has_ended)
+    assert pid > 1
+    assert (events, report.exit_code) == ([], 1)
+    assert report.tail.endswith("No module named treepo_async.no_such_role")
+    assert (tmp_path / "0.log").read_text().rstrip("\n").endswith(report.tail)
+
+
+def test_a_role_that_fails_leaves_its_traceback(spec, hosted):
+    host = hosted(replace(spec, wiring=replace(spec.wiring, model_dir="/nowhere")))
+    host.start()
+    _, report = reports_until(host, has_ended)
+    assert report.exit_code == 1
+    assert "FileNotFoundError" in report.tail
+    assert "/nowhere/config.json" in report.tail
+
+
+def test_a_role_reports_its_events_serves_and_stops_in_order(spec, hosted, tmp_path):
+    async def greet(endpoint):
+        async with Requester(endpoint, name="test", owner="replay") as replay:
+            hello = Hello(name="test", run_id=spec.wiring.run_id)
+            return await replay.ask(hello, timeout_s=SOON_S, wait="replay to come up")
+
+    host = hosted(spec)
+    host.start()
+    events, report = reports_until(host, lambda report: report.events)
+    assert events == [{"event": "ready"}]
+    assert report.exit_code is None
+    assert host.report().events == [], "each event is reported once"
+    assert isinstance(asyncio.run(greet(spec.wiring.replay_endpoint))[0], Ack)
+    assert host.stop(10.0) == 0
+    assert host.report().exit_code == 0
+    assert "ready" not in (tmp_path / "0.log").read_text(), "events are no log"
+
+
+def test_a_role_can_be_started_again(spec, hosted):
+    host = hosted(replace(spec, module="no_such_role"))
+    for _ in range(2):
+        host.start()
+        _, report = reports_until(host, has_ended)
+        assert report.exit_code == 1
+
+
+def test_before_its_start_a_role_has_nothing_to_report(spec, hosted):
+    host = hosted(spec)
+    report = host.report()
+    assert (report.events, report.exit_code, report.tail) == ([], None, "")
+    assert host.stop(1.0) is None

@@ -1,0 +1,88 @@
+"""The documents say what is there: names of metrics, keys on command lines, files in the layout."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from treepo_async.config.command_line import parse
+from treepo_async.errors import ConfigError
+from treepo_async.metrics.record import Recorder
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+REFUSED = "refused for now"
+"""Marks the commands in the README that are told to be refused."""
+
+
+def commands():
+    return [
+        line.strip()
+        for block in re.findall(r"```\n(.*?)```", README, re.DOTALL)
+        for line in block.splitlines()
+        if re.match(r"\s*(\.venv/bin/)?python launch/run\.py", line)
+    ]
+
+
+def words(command):
+    spelled = command.partition("#")[0].replace("data=...", "data=problems.jsonl")
+    return [word for word in shlex.split(spelled)[2:] if not word.startswith("--")]
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if REFUSED not in c])
+def test_a_command_of_the_readme_has_keys_and_values_that_are_accepted(command):
+    parse(words(command))
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if REFUSED in c])
+def test_a_command_that_the_readme_calls_refused_is_refused(command):
+    with pytest.raises(ConfigError, match="this version runs one"):
+        parse(words(command))
+
+
+def test_the_readme_has_commands_of_both_kinds():
+    assert sum(REFUSED in c for c in commands()) == 1
+    assert len(commands()) > 3
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
+def test_every_config_file_is_accepted(file):
+    parse(
+        [f"config={file.stem}", *(["data=problems.jsonl"] if "model:" in file.read_text() else [])]
+    )
+
+
+def test_every_metric_is_documented_and_every_documented_metric_exists():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    documented = {
+        name
+        for row in re.findall(r"^\| (.*?) \|", text, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", row)
+    }
+    written = {name for name in _record() if "/" in name}
+    families = ("leases/", "trees/", "eval/", "time/")
+    assert {n for n in written if not n.startswith(families)} == {
+        n for n in documented if not n.startswith(families)
+    }
+    assert {n for n in written if n.startswith("time/")} <= documented
+
+
+def test_the_layout_of_the_readme_names_every_package():
+    packages = {f.parent.name for f in (ROOT / "treepo_async").glob("*/__init__.py")}
+    assert packages == set(re.findall(r"^  (\w+)/ ", README, re.MULTILINE))
+
+
+class _Anything(dict):
+    """An event that has every field."""
+
+    def __missing__(self, name):
+        return 1
+
+
+def _record():
+    seconds = dict.fromkeys(("wait_batch", "train", "publish", "other", "wall"), 1.0)
+    recorder = Recorder()
+    recorder.tree(_Anything(outcome="accepted"))
+    recorder.engine(_Anything())
+    return recorder.step(_Anything(seconds=seconds, replay={"trained": 1}), _Anything())
