@@ -194,6 +194,14 @@ async def test_a_batch_asked_for_twice_has_the_same_trees():
     assert first[1] == again[1]
 
 
+async def test_a_batch_out_of_turn_is_refused_and_replay_goes_on():
+    async with serving(ScriptedPrompts()) as served:
+        learner = await served.peer("learner-0")
+        with pytest.raises(RefusedError, match="wrong_step: asked for 3, next is 0"):
+            await learner.batch(3)
+        assert isinstance((await learner.batch(0, wait_s=0.0))[0], NoBatch)
+
+
 async def test_publications_make_room_and_retired_trees_are_forgotten():
     async with serving(ScriptedPrompts(), max_staleness=0) as served:
         actor, learner = await served.peer("actor-0"), await served.peer("learner-0")

@@ -108,10 +108,7 @@ class ReplayServer:
         try:
             return self._handle(peer, message, frames[1:])
         except RefusedError as error:
-            detail = str(error).removeprefix(f"{error.reason}: ")
-            return Nack(
-                request=message.request, reason=error.reason, detail=detail, retry=error.retry
-            )
+            return _refusal(message, error)
         except WireError as error:
             emit("alarm", alarm="invalid tree refused", detail=str(error))
             return Nack(request=message.request, reason="invalid", detail=str(error))
@@ -256,7 +253,10 @@ class ReplayServer:
         return None
 
     def _batch(self, message: AskBatch) -> tuple[Message | None, list[bytes]]:
-        entries = self.queue.next_batch(message.step)
+        try:
+            entries = self.queue.next_batch(message.step)
+        except RefusedError as error:
+            return _refusal(message, error), []
         if entries is None:
             reason = "the data has ended" if self.queue.is_over() else None
             return (
@@ -273,6 +273,11 @@ class ReplayServer:
             ledger=self.queue.ledger(),
         )
         return batch, frames
+
+
+def _refusal(message: Message, error: RefusedError) -> Nack:
+    detail = str(error).removeprefix(f"{error.reason}: ")
+    return Nack(request=message.request, reason=error.reason, detail=detail, retry=error.retry)
 
 
 def _report(tree: Tree, outcome: str) -> None:

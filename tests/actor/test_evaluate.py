@@ -1,0 +1,127 @@
+import asyncio
+import contextlib
+import time
+
+import numpy as np
+import pytest
+
+from tests.fakes import (
+    EOS,
+    ScriptedEngine,
+    ascii_settings,
+    engine_failure,
+    events_in,
+    open_gate,
+    running,
+    until,
+)
+from treepo_async.actor.evaluate import Evaluator
+from treepo_async.scoring.exact import exact
+from treepo_async.types import PolicyVersion, Prompt
+
+FIRST, SECOND = PolicyVersion(0, 1), PolicyVersion(0, 2)
+
+
+def problem(first_token, answer):
+    return Prompt(f"p{first_token}", np.array([first_token, 5], np.int32), "", answer)
+
+
+PROBLEMS = [problem(10, "7"), problem(11, "8"), problem(12, "7"), problem(13, "7")]
+
+
+def answers(prefix, _number, is_greedy):
+    """Greedy says 7 always, sampling says 7 to the first problem only; both talk on behind the box."""
+    digit = "7" if is_greedy or prefix[0] == 10 else "9"
+    return [ord(c) for c in rf"\boxed{{{digit}}}\boxed{{8}}"] + [EOS]
+
+
+@contextlib.asynccontextmanager
+async def evaluating(engine, *, scorer=exact, timeout_s=10.0, **rules):
+    async with open_gate(evaluates=True) as (keeper, gate):
+        evaluator = Evaluator(
+            engine,
+            gate,
+            PROBLEMS,
+            ascii_settings(**rules),
+            scorer=scorer,
+            timeout_s=timeout_s,
+        )
+        async with running(evaluator.run()):
+            yield keeper
+
+
+async def evaluate(keeper, version):
+    await keeper.open(version, evaluate=True, hold_s=60)
+    assert keeper.is_held()
+    await until(lambda: not keeper.is_held())
+
+
+async def test_both_accuracies_are_counted_up_to_the_first_stop(capsys):
+    engine = ScriptedEngine(script=answers)
+    async with evaluating(engine) as keeper:
+        await evaluate(keeper, FIRST)
+    (event,) = events_in(capsys.readouterr().out, "eval")
+    assert event["sampled_accuracy"] == pytest.approx(1 / 4)
+    assert event["greedy_accuracy"] == pytest.approx(3 / 4)
+    assert (event["version"], event["step"], event["num_problems"]) == ("0.1", 1, 4)
+    assert {r.least_step for r in engine.requests} == {1}
+    assert {r.max_new_tokens for r in engine.requests} == {20}
+    assert sorted({r.sampling.temperature for r in engine.requests}) == [0.0, 0.8]
+
+
+async def test_a_response_may_not_repeat_itself_within_one_segment_as_in_training(capsys):
+    # `xy` twice in eight characters, but never twice in four: no stop in training, so none here
+    texts = [ord(c) for c in r"xyabxyab\boxed{7}"]
+    engine = ScriptedEngine(script=lambda *_: texts)
+    async with evaluating(engine) as keeper:
+        await evaluate(keeper, FIRST)
+    (event,) = events_in(capsys.readouterr().out, "eval")
+    assert event["greedy_accuracy"] == pytest.approx(3 / 4)
+
+
+async def test_a_failed_score_counts_as_wrong_and_not_as_left_out(capsys):
+    def scorer(response, answer):
+        if answer == "8":
+            raise LookupError
+        return 1.0
+
+    async with evaluating(ScriptedEngine(script=answers), scorer=scorer) as keeper:
+        await evaluate(keeper, FIRST)
+    (event,) = events_in(capsys.readouterr().out, "eval")
+    assert event["sampled_accuracy"] == event["greedy_accuracy"] == pytest.approx(3 / 4)
+
+
+async def test_the_gate_is_answered_while_a_slow_scorer_works(capsys):
+    def scorer(response, answer):
+        time.sleep(0.3)
+        return 1.0
+
+    ticks = []
+
+    async def tick():
+        while True:
+            ticks.append(time.monotonic())
+            await asyncio.sleep(0.01)
+
+    async with evaluating(ScriptedEngine(script=answers), scorer=scorer) as keeper, running(tick()):
+        await evaluate(keeper, FIRST)
+    assert max(np.diff(ticks)) < 0.25
+    assert len(events_in(capsys.readouterr().out, "eval")) == 1
+
+
+@pytest.mark.parametrize("trouble", ["engine failure", "timeout"])
+async def test_a_failed_evaluation_lets_the_version_go_and_the_next_one_is_evaluated(
+    capsys, trouble
+):
+    engine = ScriptedEngine(script=answers)
+    if trouble == "timeout":
+        engine.held = {10: asyncio.Event()}
+    else:
+        engine.failures = {3: engine_failure()}
+    async with evaluating(engine, timeout_s=0.3) as keeper:
+        await evaluate(keeper, FIRST)
+        engine.held.clear()
+        await evaluate(keeper, SECOND)
+    events = events_in(capsys.readouterr().out)
+    assert [(e["event"], e["version"]) for e in events] == [("alarm", "0.1"), ("eval", "0.2")]
+    assert events[0]["alarm"] == "evaluation failed"

@@ -1,0 +1,202 @@
+import asyncio
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.fakes import (
+    EOS,
+    ScriptedEngine,
+    ascii_settings,
+    engine_failure,
+    logprob_of,
+    numbered_prompt,
+    until,
+)
+from treepo_async.actor.expand import expand
+from treepo_async.errors import DeadlineError, EngineError
+from treepo_async.types import PolicyVersion, Sampling, StopReason, Tree, leaves_of
+
+PROMPT = numbered_prompt(0)
+PROMPT_TOKENS = PROMPT.token_ids.tolist()
+SETTINGS = ascii_settings()
+
+
+async def grow(engine, settings=SETTINGS, *, seed=0, prompt=PROMPT, least_step=0):
+    return await expand(
+        prompt,
+        engine,
+        settings,
+        random.Random(seed),
+        lease_id="lease",
+        actor="actor-0",
+        least_step=least_step,
+    )
+
+
+def tree_of(segments, provenance, settings=SETTINGS):
+    rules = settings.growth
+    unknown_L = np.zeros(len(leaves_of(segments)), np.float32)
+    sampling = Sampling(
+        settings.sampling.temperature,
+        rules.segment_tokens,
+        rules.max_depth,
+        rules.width,
+        rules.branching_factor,
+    )
+    return Tree(PROMPT, segments, unknown_L, unknown_L, sampling, provenance)
+
+
+def response(tree, leaf):
+    return [t for i in tree.path(leaf) for t in tree.segments[i].token_ids.tolist()]
+
+
+def scripted(text, **options):
+    """An engine whose every path follows one text."""
+    tokens = [EOS if c == "$" else ord(c) for c in text]
+
+    def go_on(prefix, _number, _is_greedy):
+        return tokens[len(prefix) - len(PROMPT_TOKENS) :]
+
+    return ScriptedEngine(script=go_on, **options)
+
+
+@given(seed=st.integers(0, 2**16), eos_rate=st.sampled_from([0.0, 0.05, 0.2, 0.5, 1.0]))
+def test_a_tree_keeps_to_its_rules_whatever_the_engine_says(seed, eos_rate):
+    engine = ScriptedEngine(seed=seed, eos_rate=eos_rate)
+    segments, provenance = asyncio.run(grow(engine, seed=seed))
+    tree = tree_of(segments, provenance)
+    tree.check()
+    assert len(tree.leaves) == SETTINGS.growth.width
+    for leaf in tree.leaves:
+        tokens, stop = response(tree, leaf), tree.segments[leaf].stop
+        assert len(tokens) <= SETTINGS.growth.limit
+        assert (stop is StopReason.EOS) == (tokens[-1] == EOS)
+        assert (stop is StopReason.LENGTH) <= (len(tokens) == SETTINGS.growth.limit)
+        assert EOS not in tokens[:-1]
+
+
+async def test_every_token_and_log_prob_is_what_the_engine_returned_for_its_place():
+    engine = ScriptedEngine(seed=3, version=PolicyVersion(0, 4))
+    segments, provenance = await grow(engine)
+    tree = tree_of(segments, provenance)
+    for i, segment in enumerate(segments):
+        before = len(PROMPT_TOKENS) + sum(len(segments[k]) for k in tree.path(i)[:-1])
+        expected = [logprob_of(t, before + k) for k, t in enumerate(segment.token_ids.tolist())]
+        np.testing.assert_array_equal(segment.behavior_logprobs, np.array(expected, np.float32))
+        assert segment.policy_version == PolicyVersion(0, 4)
+    # a path is the prefix that was submitted and what came back for it, nothing else
+    submitted = {tuple(r.prefix) for r in engine.requests}
+    returned = [tuple(run) for run in engine.runs]
+    for leaf in tree.leaves:
+        whole = (*PROMPT_TOKENS, *response(tree, leaf))
+        assert any(
+            whole[:cut] in submitted
+            and any(run[: len(whole) - cut] == whole[cut:] for run in returned)
+            for cut in range(1, len(whole))
+        )
+
+
+async def test_only_whole_paths_are_submitted_and_only_the_root_is_new_to_the_cache():
+    engine = ScriptedEngine(seed=5)
+    await grow(engine, least_step=7)
+    root, *others = engine.requests
+    assert root.prefix == PROMPT_TOKENS
+    assert not root.is_cached
+    assert all(r.is_cached for r in others if r.prefix != PROMPT_TOKENS)
+    assert {r.least_step for r in engine.requests} == {7}
+    assert {r.sampling for r in engine.requests} == {SETTINGS.sampling}
+    for request in engine.requests:
+        assert tuple(request.prefix[: len(PROMPT_TOKENS)]) == tuple(PROMPT_TOKENS)
+        # no stop of an earlier run may be inside of what is continued
+        assert EOS not in request.prefix
+
+
+async def test_costs_are_counted_request_by_request():
+    engine = ScriptedEngine(seed=1)
+    segments, provenance = await grow(engine)
+    sampled = sum(len(s) for s in segments)
+    assert provenance.num_requests == len(engine.runs)
+    assert provenance.decoded_tokens == sum(map(len, engine.runs))
+    assert provenance.decoded_tokens == sampled + provenance.wasted_tokens
+    assert provenance.prefix_tokens == sum(r.num_runs * len(r.prefix) for r in engine.requests)
+    assert provenance.cached_tokens == sum(
+        r.num_runs * (len(r.prefix) - 1) for r in engine.requests if r.is_cached
+    )
+    assert provenance.overhead_s == pytest.approx(0.001 * len(engine.runs))
+    assert (provenance.lease_id, provenance.actor) == ("lease", "actor-0")
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "stop"),
+    [
+        ("abc$", "abc", StopReason.EOS),
+        (r"a\boxed{7}zzyx", r"a\boxed{7}", StopReason.BOXED),
+        (r"a\boxed{7}$zyx", r"a\boxed{7}", StopReason.EOS),
+        ("abcdxyxyefgh$", "abcdxyxy", StopReason.REPETITION),
+        ("abcdefghijklmnopqrstuvwxyz", "abcdefghijklmnopqrst", StopReason.LENGTH),
+    ],
+)
+async def test_each_stop_ends_a_path_at_its_token_and_the_rest_is_waste(text, kept, stop):
+    settings = ascii_settings(width=1, first_fork_min=1, first_fork_max=1, fallback=False)
+    segments, provenance = await grow(scripted(text), settings)
+    tree = tree_of(segments, provenance, settings)
+    (leaf,) = tree.leaves
+    tokens = response(tree, leaf)
+    assert "".join(chr(t) for t in tokens if t != EOS) == kept
+    assert (tokens[-1] == EOS) == (stop is StopReason.EOS)
+    assert segments[leaf].stop is stop
+    # the path ran to completion in one request of at most the limit
+    assert provenance.decoded_tokens == min(len(text), settings.growth.limit)
+    assert provenance.wasted_tokens == provenance.decoded_tokens - len(tokens)
+
+
+async def test_an_engine_error_is_passed_on_and_stops_the_other_requests():
+    engine = ScriptedEngine(eos_rate=0.0, failures={2: engine_failure()})
+    with pytest.raises(EngineError, match="the server is gone"):
+        await grow(engine)
+    assert len(engine.requests) < 10
+    await until(lambda: not other_tasks())
+
+
+def other_tasks():
+    return asyncio.all_tasks() - {asyncio.current_task()}
+
+
+async def test_a_deadline_is_passed_on_as_it_is():
+    engine = ScriptedEngine(failures={0: DeadlineError("the gate", "engine host", 1)})
+    with pytest.raises(DeadlineError, match="engine host should have ended it"):
+        await grow(engine)
+
+
+@pytest.mark.parametrize("tokens", [[], [65, 66]], ids=["empty", "short"])
+async def test_a_run_that_is_too_short_without_a_stop_is_refused(tokens):
+    with pytest.raises(EngineError, match=r"returned (no token|2 of 4 tokens without a stop)"):
+        await grow(ScriptedEngine(script=lambda *_: tokens))
+
+
+async def test_a_prompt_does_not_wait_for_another_one():
+    held = asyncio.Event()
+    engine = ScriptedEngine(held={numbered_prompt(1).token_ids[0]: held})
+    slow = asyncio.create_task(grow(engine, prompt=numbered_prompt(1)))
+    async with asyncio.timeout(5):
+        segments, _ = await grow(engine)
+    assert segments
+    assert not slow.done()
+    held.set()
+    async with asyncio.timeout(5):
+        await slow
+
+
+async def test_the_same_answers_and_seed_give_the_same_tree():
+    first, _ = await grow(ScriptedEngine(seed=2), seed=9)
+    second, _ = await grow(ScriptedEngine(seed=2), seed=9)
+    other, _ = await grow(ScriptedEngine(seed=3), seed=9)
+
+    def shape(segments):
+        return [(s.parent, s.token_ids.tolist()) for s in segments]
+
+    assert shape(first) == shape(second)
+    assert shape(first) != shape(other)

@@ -1,0 +1,82 @@
+import math
+
+import numpy as np
+import pytest
+
+from tests.fakes import text_of
+from treepo_async.actor.score import score_tree
+from treepo_async.errors import TreeError
+from treepo_async.types import (
+    ROOT,
+    PolicyVersion,
+    Prompt,
+    Provenance,
+    Sampling,
+    Segment,
+    StopReason,
+)
+
+PROMPT = Prompt("p", np.array([9], np.int32), "2 + 2", "four")
+SAMPLING = Sampling(1.0, 4, 5, 3, 2)
+
+
+def segment(parent, level, text, stop=None):
+    ids = np.array([ord(c) for c in text], np.int32)
+    return Segment(
+        parent, level, ids, np.full(len(ids), -1.0, np.float32), PolicyVersion(0, 0), stop
+    )
+
+
+SEGMENTS = (
+    segment(ROOT, 0, "abcd"),
+    segment(0, 1, "four", StopReason.LENGTH),
+    segment(0, 1, "five", StopReason.LENGTH),
+    segment(ROOT, 0, "fou", StopReason.EOS),
+)
+
+
+def scored(scorer, segments=SEGMENTS):
+    return score_tree(
+        PROMPT,
+        segments,
+        Provenance("lease", "actor-0"),
+        SAMPLING,
+        scorer=scorer,
+        decode=text_of,
+        correct=2.0,
+        wrong=-0.5,
+    )
+
+
+def test_each_leaf_is_scored_on_the_text_of_its_whole_path():
+    seen = []
+
+    def scorer(response, answer):
+        seen.append((response, answer))
+        return float(answer in response)
+
+    tree = scored(scorer)
+    assert seen == [("abcdfour", "four"), ("abcdfive", "four"), ("fou", "four")]
+    np.testing.assert_array_equal(tree.accuracies_L, [1, 0, 0])
+    np.testing.assert_array_equal(tree.rewards_L, [2, -0.5, -0.5])
+
+
+def test_a_scorer_that_raises_costs_its_own_leaf_only():
+    def scorer(response, answer):
+        if "five" in response:
+            raise LookupError("no such answer")
+        return 0.5
+
+    tree = scored(scorer)
+    np.testing.assert_array_equal(tree.accuracies_L, [0.5, np.nan, 0.5])
+    np.testing.assert_array_equal(tree.rewards_L, [0.75, np.nan, 0.75])
+
+
+def test_an_accuracy_that_is_no_finite_number_counts_as_failed():
+    assert np.isnan(scored(lambda *_: math.inf).rewards_L).all()
+
+
+def test_a_tree_that_breaks_its_invariants_is_not_handed_on():
+    unfinished = (*SEGMENTS[:3], segment(ROOT, 0, "fou"))
+    with pytest.raises(TreeError, match=r"segments\[3\].stop is None"):
+        scored(lambda *_: 1.0, unfinished)

@@ -1,0 +1,347 @@
+import os
+import re
+import signal
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+import treepo_async.cluster.supervise
+from treepo_async.cluster.plan import Plan
+from treepo_async.cluster.role import RoleReport, RoleSpec
+from treepo_async.cluster.supervise import StoppedError, Supervisor, SupervisorRules
+from treepo_async.config.wiring import Wiring
+from treepo_async.errors import RoleError
+from treepo_async.metrics.record import STEP_NAMES, TREE_SUMS
+
+RULES = SupervisorRules(
+    num_steps=2, eval_every=0, start_timeout_s=5.0, stop_timeout_s=1.0, eval_timeout_s=0.3
+)
+READY = {"event": "ready"}
+DONE = {"event": "done", "num_steps": 2, "model": "/run/model"}
+
+
+class RayError(Exception):
+    """What a lost Ray worker raises."""
+
+
+@dataclass
+class Role:
+    """A role's host: its reports are scripted, the last one without its events for ever."""
+
+    reports: list
+    num_starts: int = 0
+    num_stops: int = 0
+
+    def start(self):
+        self.num_starts += 1
+
+    def report(self):
+        found = self.reports[0] if len(self.reports) == 1 else self.reports.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        if callable(found):
+            found()
+            found = RoleReport([], None)
+        events, found.events[:] = list(found.events), []
+        return RoleReport(events, found.exit_code, found.tail)
+
+    def stop(self, timeout_s):
+        self.num_stops += 1
+
+
+@dataclass
+class FakeRay:
+    """Calls at once what Ray would call elsewhere."""
+
+    roles: dict
+    order: list = field(default_factory=list)
+    exceptions = SimpleNamespace(RayError=RayError)
+
+    def remote(self, **_):
+        return lambda _cls: SimpleNamespace(remote=lambda spec, _log: self._handle(spec.name))
+
+    def get(self, call, *, timeout):
+        return call()
+
+    def wait(self, calls, *, num_returns, timeout):
+        for call in calls:
+            call()
+
+    def _handle(self, name):
+        role = self.roles[name]
+
+        def stop(timeout_s):
+            self.order.append(name)
+            return lambda: role.stop(timeout_s)
+
+        def start():
+            role.start()
+            return lambda: None
+
+        return SimpleNamespace(
+            start=SimpleNamespace(remote=start),
+            report=SimpleNamespace(remote=lambda: role.report),
+            stop=SimpleNamespace(remote=stop),
+        )
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(treepo_async.cluster.supervise, "LOOK_S", 0.005)
+    monkeypatch.setattr(treepo_async.cluster.supervise, "SETTLE_S", 0.2)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def says(*events, exit_code=None, tail=""):
+    return RoleReport(list(events), exit_code, tail)
+
+
+@dataclass
+class Driver:
+    """A supervisor over scripted roles, and what it told."""
+
+    supervisor: Supervisor
+    roles: dict
+    ray: FakeRay
+    lines: list
+    records: list
+
+    @property
+    def text(self):
+        return [re.sub(r"^\[.{6} s\] ", "", line) for line in self.lines]
+
+
+def driver(tmp_path, *, rules=RULES, **scripts):
+    """A supervisor of an engine, a learner, a replay and an actor; `learner=[...]` scripts its reports."""
+    roles = {
+        f"{kind}-0": Role(list(scripts.get(kind, [says(READY), says()])))
+        for kind in ("engine", "learner", "replay", "actor")
+    }
+    wiring = Wiring("run", str(tmp_path), "", "", "", "", "")
+    specs = tuple(
+        RoleSpec(name, name[:-2], wiring, 1, max_restarts=1 if name == "actor-0" else 0)
+        for name in roles
+    )
+    ray, lines, records = FakeRay(roles), [], []
+    cluster = SimpleNamespace(ray=ray, record=lambda: None)
+    sink = SimpleNamespace(write=records.append, close=lambda: None)
+    plan = Plan("run", tmp_path, tmp_path, specs)
+    supervisor = Supervisor(cluster, plan, rules, [sink], lines.append)
+    return Driver(supervisor, roles, ray, lines, records)
+
+
+def step(number):
+    numbers = dict.fromkeys(STEP_NAMES.values(), 0.0)
+    return {
+        "event": "step",
+        "step": number,
+        "policy_step": number + 1,
+        **numbers,
+        "seconds": {"wall": 2.0, "wait_batch": 1.0},
+        "replay": {"trained": 16},
+    }
+
+
+def weights(number, pause_s):
+    timing = {"drain_s": 0.0, "load_s": 0.0, "probe_s": 0.0, "pause_s": pause_s, "gap": 1e-6}
+    return {"event": "weights", "step": number, "version": f"0.{number}", **timing}
+
+
+def evaluation(number):
+    return {
+        "event": "eval",
+        "version": f"0.{number}",
+        "step": number,
+        "sampled_accuracy": 0.25,
+        "greedy_accuracy": 0.5,
+        "num_problems": 4,
+        "seconds": 1.0,
+    }
+
+
+def test_a_run_ends_with_the_learner_and_stops_every_role_the_engine_last(tmp_path):
+    it = driver(tmp_path, learner=[says(READY), says(DONE, exit_code=0)])
+    assert it.supervisor.run() == 2
+    assert it.supervisor.model == "/run/model"
+    assert it.text == [f"ready {name} after 0 s" for name in it.roles]
+    assert it.ray.order == ["learner-0", "replay-0", "actor-0", "engine-0"]
+    assert {(role.num_starts, role.num_stops) for role in it.roles.values()} == {(1, 1)}
+
+
+def test_a_step_is_written_with_the_weights_that_it_published(tmp_path):
+    it = driver(
+        tmp_path,
+        learner=[says(READY), says(step(0)), says(), says(step(1)), says(DONE, exit_code=0)],
+        engine=[says(READY), says(), says(weights(1, 0.1)), says(weights(2, 0.2)), says()],
+    )
+    it.supervisor.run()
+    assert [(r["step"], r["weights/pause_s"]) for r in it.records] == [(0, 0.1), (1, 0.2)]
+    assert [r["leases/trained"] for r in it.records] == [16, 16]
+
+
+def test_weights_may_be_told_before_their_step_and_never_stand_with_another_one(tmp_path):
+    it = driver(
+        tmp_path,
+        learner=[says(READY), says(), says(step(0)), says(step(1)), says(DONE, exit_code=0)],
+        engine=[says(READY), says(weights(1, 0.1)), says()],
+    )
+    it.supervisor.run()
+    assert [(r["step"], r["weights/pause_s"]) for r in it.records] == [(0, 0.1), (1, None)]
+
+
+def test_trees_and_idleness_are_counted_into_the_step_they_came_before(tmp_path):
+    tree = {"event": "tree", "outcome": "accepted", **dict.fromkeys(TREE_SUMS, 3)}
+    load = {"event": "engine", "num_samples": 4, "num_idle": 1}
+    it = driver(
+        tmp_path,
+        engine=[says(READY, load), says()],
+        replay=[says(READY, tree, tree), says()],
+        learner=[says(READY), says(step(0)), says(step(1)), says(DONE, exit_code=0)],
+    )
+    it.supervisor.run()
+    first, second = it.records
+    assert (first["trees/accepted"], first["tokens/decoded"], first["idle/engine"]) == (2, 6, 0.25)
+    assert (second.get("trees/accepted"), second["tokens/decoded"]) == (None, 0)
+    assert first["idle/learner"] == 0.5
+
+
+def test_alarms_and_evaluations_are_told_and_recorded(tmp_path):
+    alarm = {"event": "alarm", "alarm": "lease expired", "lease": "7"}
+    it = driver(
+        tmp_path,
+        replay=[says(READY, alarm), says()],
+        actor=[says(READY, evaluation(0)), says()],
+        learner=[says(READY), says(DONE, exit_code=0)],
+    )
+    it.supervisor.run()
+    assert "ALARM replay-0: lease expired  lease=7" in it.text
+    assert any(line.startswith("eval policy 0.0  sampled 0.250  greedy 0.500") for line in it.text)
+    assert [r["eval/greedy_accuracy"] for r in it.records] == [0.5]
+
+
+def test_a_long_wait_is_told_with_what_is_missing_and_who_still_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(treepo_async.cluster.supervise, "QUIET_S", 0.0)
+    waiting = {"event": "waiting", "wait": "batch of step 0", "missing": "0 of 16 trees are in"}
+    it = driver(
+        tmp_path,
+        learner=[says(READY, waiting), says(DONE, exit_code=0)],
+        actor=[says()],
+    )
+    it.supervisor.run()
+    assert (
+        "waiting for the batch of step 0: 0 of 16 trees are in; still starting: replay-0, actor-0"
+        in it.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("done", "evaluated", "waits"),
+    [(4, 4, False), (4, 2, True), (3, 2, False), (1, 0, False), (1, -1, True), (0, 0, False)],
+)
+def test_the_run_waits_for_the_last_evaluation_that_is_due(tmp_path, done, evaluated, waits):
+    rules = SupervisorRules(
+        num_steps=4, eval_every=2, start_timeout_s=5, stop_timeout_s=1, eval_timeout_s=60
+    )
+    it = driver(
+        tmp_path,
+        rules=rules,
+        learner=[says(READY), says({**DONE, "num_steps": done}, exit_code=0)],
+        actor=[
+            says(READY, *([evaluation(evaluated)] if evaluated >= 0 else [])),
+            *[says()] * 20,
+            says(evaluation(4)),
+            says(),
+        ],
+    )
+    it.supervisor.run()
+    assert (len(it.roles["actor-0"].reports) == 1) == waits
+
+
+def test_an_evaluation_that_never_comes_is_waited_for_until_its_deadline(tmp_path):
+    rules = SupervisorRules(
+        num_steps=2, eval_every=1, start_timeout_s=5, stop_timeout_s=1, eval_timeout_s=0.2
+    )
+    it = driver(tmp_path, rules=rules, learner=[says(READY), says(DONE, exit_code=0)])
+    assert it.supervisor.run() == 2
+
+
+def test_an_actor_that_dies_is_started_again_and_the_run_goes_on(tmp_path):
+    it = driver(
+        tmp_path,
+        actor=[
+            says(READY),
+            says(exit_code=-9, tail="Traceback\n  | EngineError: gone\n  +----"),
+            says(READY),
+            says(),
+        ],
+        learner=[says(READY), *[says()] * 5, says(DONE, exit_code=0)],
+    )
+    it.supervisor.run()
+    assert it.roles["actor-0"].num_starts == 2
+    (line,) = [line for line in it.text if "starting it again" in line]
+    assert line.startswith("actor-0 was killed by SIGKILL; starting it again (")
+    assert line.endswith("see logs/actor-0.log)")
+
+
+def test_an_actor_that_keeps_dying_ends_the_run(tmp_path):
+    died = [says(exit_code=1, tail="no GPU") for _ in range(2)]
+    it = driver(tmp_path, actor=[says(READY), *died, says()])
+    with pytest.raises(RoleError, match="actor-0 ended with code 1") as caught:
+        it.supervisor.run()
+    assert caught.value.tail == "no GPU"
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "cause"), [(-9, "was killed by SIGKILL"), (3, "ended with code 3")]
+)
+def test_the_death_of_the_learner_ends_the_run_with_its_last_lines(tmp_path, exit_code, cause):
+    it = driver(tmp_path, learner=[says(READY), says(exit_code=exit_code, tail="out of memory")])
+    with pytest.raises(RoleError, match=f"learner-0 {cause}") as caught:
+        it.supervisor.run()
+    assert (caught.value.role, caught.value.tail) == ("learner-0", "out of memory")
+    assert {role.num_stops for role in it.roles.values()} == {1}
+
+
+def test_a_learner_that_ends_well_without_being_done_is_a_death_too(tmp_path):
+    it = driver(tmp_path, learner=[says(READY), says(exit_code=0)])
+    with pytest.raises(RoleError, match="learner-0 ended with code 0"):
+        it.supervisor.run()
+
+
+def test_the_loss_of_a_ray_worker_is_told_by_the_name_of_its_role(tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "engine-0.log").write_text("its last line\n")
+    it = driver(tmp_path, engine=[says(READY), RayError("The actor died.\nmore")])
+    with pytest.raises(
+        RoleError, match="engine-0 lost its Ray worker: RayError The actor died"
+    ) as e:
+        it.supervisor.run()
+    assert e.value.tail == "its last line"
+
+
+def test_a_role_that_is_not_ready_in_time_ends_the_run_by_its_name(tmp_path):
+    rules = SupervisorRules(
+        num_steps=2, eval_every=0, start_timeout_s=0.1, stop_timeout_s=1, eval_timeout_s=1
+    )
+    it = driver(tmp_path, rules=rules, replay=[says()])
+    with pytest.raises(RoleError, match=r"replay-0 was not ready after 0\.1 s"):
+        it.supervisor.run()
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_signal_stops_the_run_in_order_and_keeps_the_last_step(tmp_path):
+    it = driver(
+        tmp_path, learner=[says(READY), says(step(0)), interrupt, says(step(1)), says(DONE)]
+    )
+    with pytest.raises(StoppedError):
+        it.supervisor.run()
+    assert "SIGINT: stopping; once more to stop at once" in it.text
+    assert [record["step"] for record in it.records] == [0]
+    assert {role.num_stops for role in it.roles.values()} == {1}

@@ -1,0 +1,220 @@
+import asyncio
+import contextlib
+import time
+
+import aiohttp
+import numpy as np
+import pytest
+
+import treepo_async.engine.client
+from tests.fakes import VOCAB_SIZE, FakeSGLang, fake_logprob, open_gate, until
+from treepo_async.engine.client import MAX_ATTEMPTS, WARM_TOKENS, EngineClient, SamplingSettings
+from treepo_async.errors import DeadlineError, EngineError
+from treepo_async.types import PolicyVersion
+
+VERSION = PolicyVersion(0, 3)
+SAMPLING = SamplingSettings(0.7, (1, 5))
+PREFIX = [4, 8, 15]
+
+
+@pytest.fixture(autouse=True)
+def _no_pause_between_attempts(monkeypatch):
+    monkeypatch.setattr(treepo_async.engine.client, "RETRY_S", 0.01)
+
+
+@contextlib.asynccontextmanager
+async def connected(*, request_timeout_s=5.0, gate_timeout_s=5.0, **fake):
+    async with (
+        FakeSGLang(version=str(VERSION), **fake) as sglang,
+        open_gate(VERSION, timeout_s=gate_timeout_s) as (keeper, gate),
+        aiohttp.ClientSession() as session,
+        asyncio.timeout(30),
+    ):
+        client = EngineClient(
+            sglang.url,
+            gate,
+            session,
+            namespace="run7",
+            vocab_size=VOCAB_SIZE,
+            request_timeout_s=request_timeout_s,
+        )
+        yield sglang, keeper, client
+
+
+async def extend(client, prefix=PREFIX, *, num_runs=1, max_new_tokens=4, **options):
+    return await client.extend(
+        prefix, num_runs=num_runs, max_new_tokens=max_new_tokens, sampling=SAMPLING, **options
+    )
+
+
+async def test_completions_carry_tokens_log_probs_versions_and_cache_counts():
+    async with connected(level=2.0) as (_, _, client):
+        completions = await extend(client, num_runs=3)
+    assert len(completions) == 3
+    for completion in completions:
+        tokens = completion.run.token_ids.tolist()
+        assert tokens == [2, 3, 4, 5]
+        expected = np.array([fake_logprob(t, 2.0) for t in tokens], np.float32)
+        np.testing.assert_array_equal(completion.run.behavior_logprobs, expected)
+        assert [(s.policy_version, s.num_tokens) for s in completion.run.spans] == [(VERSION, 4)]
+        assert (completion.prefix_tokens, completion.cached_tokens) == (3, 2)
+        assert 0 <= completion.overhead_s < 1
+
+
+async def test_a_request_is_spelled_as_sglang_wants_it():
+    async with connected() as (sglang, _, client):
+        await extend(client, num_runs=3)
+        bodies = sglang.bodies("/generate")
+    ids = [body.pop("rid") for body in bodies]
+    assert len(set(ids)) == 3
+    assert {len(i) for i in ids} == {32}, "an id that begins another one would be aborted with it"
+    assert (
+        bodies
+        == [
+            {
+                "input_ids": PREFIX,
+                "extra_key": "run7.0.3",
+                "return_logprob": True,
+                "logprob_start_len": -1,
+                "sampling_params": {
+                    "max_new_tokens": 4,
+                    "temperature": 0.7,
+                    "stop_token_ids": [1, 5],
+                },
+            }
+        ]
+        * 3
+    )
+
+
+async def test_a_long_new_prefix_is_prefilled_once_before_it_is_forked():
+    prefix = [3] * WARM_TOKENS
+    async with connected() as (sglang, _, client):
+        await extend(client, prefix, num_runs=2, is_cached=False)
+        await extend(client, prefix, num_runs=2, is_cached=True)
+        await extend(client, prefix, num_runs=1, is_cached=False)
+        await extend(client, prefix[1:], num_runs=2, is_cached=False)
+        asked = [b["sampling_params"]["max_new_tokens"] for b in sglang.bodies("/generate")]
+    assert asked == [0, 4, 4, 4, 4, 4, 4, 4]
+
+
+FAULTS = ["drop", "500", "abort", "garbage", "not_understood", "other_version", "nan"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_bad_answer_is_asked_for_again(fault):
+    async with connected() as (sglang, _, client):
+        sglang.generate_faults.extend([fault] * (MAX_ATTEMPTS - 1))
+        (completion,) = await extend(client)
+        assert len(completion.run) == 4
+        ids = [body["rid"] for body in sglang.bodies("/generate")]
+        assert len(ids) == len(set(ids)) == MAX_ATTEMPTS
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("drop", "ServerDisconnected|ClientOSError|reset by peer"),
+        ("500", "SGLang answered 500: .*scheduler trouble"),
+        ("abort", "SGLang aborted the request: Aborted"),
+        ("garbage", "answer cannot be used: UnicodeDecodeError"),
+        ("not_understood", "answer cannot be used: KeyError.*meta_info"),
+        ("other_version", r"sampled under .*step=999.* submitted under 0\.3"),
+        ("nan", "log-probs that are not finite"),
+    ],
+)
+async def test_an_engine_that_stays_bad_is_given_up_with_its_last_words(fault, said):
+    async with connected() as (sglang, _, client):
+        sglang.generate_faults.extend([fault] * 20)
+        with pytest.raises(EngineError, match=f"no completion after 3 attempts: .*({said})"):
+            await extend(client)
+        assert len(sglang.bodies("/generate")) == MAX_ATTEMPTS
+
+
+async def test_a_retry_is_made_under_the_version_of_its_time():
+    async with connected() as (sglang, keeper, client):
+        sglang.generate_faults.append("hang")
+        work = asyncio.create_task(extend(client))
+        await until(lambda: sglang.running)
+        newer = PolicyVersion(0, 4)
+        await keeper.open(newer, evaluate=False, hold_s=0)
+        sglang.version = str(newer)
+        next(iter(sglang.running.values())).set()
+        (completion,) = await work
+        assert completion.run.spans[0].policy_version == newer
+        keys = [body["extra_key"] for body in sglang.bodies("/generate")]
+    assert keys == ["run7.0.3", "run7.0.4"]
+
+
+@pytest.mark.parametrize("outside", [-1, VOCAB_SIZE, 99_999])
+async def test_an_id_outside_the_vocabulary_is_refused_before_anything_is_sent(outside):
+    async with connected() as (sglang, _, client):
+        with pytest.raises(
+            EngineError, match=f"token id {outside} is outside the vocabulary of 128"
+        ):
+            await extend(client, [3, outside, 4])
+        assert sglang.calls == []
+
+
+async def test_a_cancelled_extension_aborts_each_of_its_requests():
+    async with connected() as (sglang, _, client):
+        sglang.generate_faults.extend(["hang"] * 3)
+        work = asyncio.create_task(extend(client, num_runs=3))
+        await until(lambda: len(sglang.running) == 3)
+        ids = set(sglang.running)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        assert {body["rid"] for body in sglang.bodies("/abort_request")} == ids
+        await until(lambda: not sglang.running)
+
+
+async def test_a_cancelled_extension_ends_also_when_the_server_is_gone():
+    async with connected() as (sglang, _, client):
+        sglang.generate_faults.append("hang")
+        work = asyncio.create_task(extend(client))
+        await until(lambda: sglang.running)
+        client._url = "http://127.0.0.1:9"  # where nobody takes the abort
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        assert len(sglang.bodies("/generate")) == 1
+
+
+async def test_one_failure_cancels_and_aborts_its_siblings():
+    async with connected() as (sglang, _, client):
+        sglang.generate_faults.extend(["hang", *["500"] * MAX_ATTEMPTS])
+        begin = time.monotonic()
+        with pytest.raises(EngineError, match="scheduler trouble"):
+            await extend(client, num_runs=2)
+        assert time.monotonic() - begin < 5
+        assert len(sglang.bodies("/abort_request")) == 1
+
+
+async def test_a_request_beyond_its_deadline_is_aborted_and_tried_again():
+    async with connected(request_timeout_s=0.3) as (sglang, _, client):
+        sglang.generate_faults.append("hang")
+        (completion,) = await extend(client)
+        assert len(completion.run) == 4
+        first, _ = sglang.bodies("/generate")
+        assert sglang.bodies("/abort_request") == [{"rid": first["rid"]}]
+
+
+async def test_a_closed_gate_is_a_deadline_and_not_an_engine_error():
+    async with connected(gate_timeout_s=0.3) as (sglang, _, client):
+        begin = time.monotonic()
+        with pytest.raises(DeadlineError, match="gate to open at policy step 9"):
+            await extend(client, least_step=9)
+        assert time.monotonic() - begin < 0.3 * MAX_ATTEMPTS
+        assert sglang.calls == []
+
+
+async def test_nothing_is_sent_while_the_gate_is_closed():
+    async with connected() as (sglang, keeper, client):
+        await keeper.close()
+        assert await keeper.drained(timeout_s=5)
+        work = asyncio.create_task(extend(client))
+        await asyncio.sleep(0.2)
+        assert sglang.calls == []
+        await keeper.open(VERSION, evaluate=False, hold_s=0)
+        assert len(await work) == 1

@@ -1,0 +1,200 @@
+import asyncio
+import contextlib
+import time
+
+import pytest
+
+import treepo_async.engine.gate
+from tests.fakes import BASE, loopback, open_gate, running, until
+from treepo_async.engine.gate import GateClient
+from treepo_async.engine.gatekeeper import GateKeeper
+from treepo_async.errors import DeadlineError
+from treepo_async.types import PolicyVersion
+from treepo_async.wire.messages import Join
+from treepo_async.wire.sockets import Requester
+
+FIRST, SECOND, THIRD = (PolicyVersion(0, step) for step in (1, 2, 3))
+EVENT_S = 5.0
+
+
+@contextlib.asynccontextmanager
+async def in_flight(gate, least_step=0):
+    """A request under way; set the event to let it end. Gives the event and the versions it got."""
+    end, versions = asyncio.Event(), []
+
+    async def request():
+        async with gate.passage(least_step) as version:
+            versions.append(version)
+            await end.wait()
+
+    async with running(request()) as task:
+        yield end, versions, task
+
+
+async def test_a_request_gets_the_version_that_the_gate_is_open_for():
+    async with open_gate(FIRST) as (keeper, gate):
+        async with gate.passage() as version:
+            assert version == FIRST
+        await keeper.open(SECOND, evaluate=False, hold_s=0)
+        async with gate.passage(least_step=2) as version:
+            assert version == SECOND
+
+
+async def test_nothing_passes_while_the_gate_is_closed():
+    async with open_gate() as (keeper, gate):
+        await keeper.close()
+        assert await keeper.drained(timeout_s=EVENT_S)
+        async with in_flight(gate) as (_, versions, _):
+            await asyncio.sleep(0.3)
+            assert versions == []
+            await keeper.open(FIRST, evaluate=False, hold_s=0)
+            await until(lambda: versions == [FIRST])
+
+
+async def test_the_gate_is_drained_only_when_the_last_request_is_back():
+    async with (
+        open_gate() as (keeper, gate),
+        in_flight(gate) as (end_one, one, _),
+        in_flight(gate) as (end_two, two, _),
+    ):
+        await until(lambda: one and two)
+        await keeper.close()
+        assert not await keeper.drained(timeout_s=0.2)
+        end_one.set()
+        assert not await keeper.drained(timeout_s=0.2)
+        end_two.set()
+        assert await keeper.drained(timeout_s=EVENT_S)
+
+
+async def test_a_word_of_an_earlier_closing_does_not_drain_a_later_one():
+    async with open_gate() as (keeper, gate):
+        await keeper.close()
+        assert await keeper.drained(timeout_s=EVENT_S)
+        await keeper.open(FIRST, evaluate=False, hold_s=0)
+        async with in_flight(gate, least_step=1) as (end, versions, _):
+            await until(lambda: versions)
+            await keeper.close()
+            assert not await keeper.drained(timeout_s=0.2)
+            end.set()
+            assert await keeper.drained(timeout_s=EVENT_S)
+
+
+async def test_without_clients_the_gate_is_drained_at_once():
+    keeper = GateKeeper(loopback())
+    try:
+        await keeper.close()
+        assert await keeper.drained(timeout_s=0.1)
+    finally:
+        keeper.shut()
+
+
+async def test_a_client_that_joins_a_closed_gate_counts_as_drained_once_it_knows():
+    endpoint = loopback()
+    keeper = GateKeeper(endpoint)
+    try:
+        async with running(keeper.serve()):
+            await keeper.close()
+            async with GateClient(endpoint, name="late", evaluates=False, timeout_s=5):
+                await until(lambda: keeper._clients)
+                assert await keeper.drained(timeout_s=EVENT_S)
+    finally:
+        keeper.shut()
+
+
+async def test_a_client_that_has_fallen_silent_no_longer_counts():
+    endpoint = loopback()
+    keeper = GateKeeper(endpoint, silent_s=0.3)
+    try:
+        async with (
+            running(keeper.serve()),
+            Requester(endpoint, name="killed", owner="engine host") as killed,
+        ):
+            await keeper.open(BASE, evaluate=False, hold_s=0)
+            await killed.ask(Join(name="killed"), timeout_s=5, wait="an answer to Join")
+            begin = time.monotonic()
+            await keeper.close()
+            assert not await keeper.drained(timeout_s=0.1)
+            assert await keeper.drained(timeout_s=EVENT_S)
+            assert time.monotonic() - begin > 0.2
+    finally:
+        keeper.shut()
+
+
+async def test_a_request_waits_for_its_least_step():
+    async with (
+        open_gate(FIRST) as (keeper, gate),
+        in_flight(gate, least_step=3) as (_, versions, _),
+    ):
+        await keeper.open(SECOND, evaluate=False, hold_s=0)
+        async with gate.passage(least_step=2):
+            pass
+        assert versions == []
+        await keeper.open(THIRD, evaluate=False, hold_s=0)
+        await until(lambda: versions == [THIRD])
+
+
+async def test_a_gate_that_stays_closed_is_a_deadline_that_names_the_host_and_the_step():
+    async with open_gate(FIRST, timeout_s=0.3) as (_, gate):
+        with pytest.raises(
+            DeadlineError,
+            match=r"waited 0.3 s for the gate to open at policy step 4 or later \(it is at 0.1\); "
+            "engine host should have ended it",
+        ):
+            async with gate.passage(least_step=4):
+                pass
+
+
+@contextlib.asynccontextmanager
+async def two_clients():
+    endpoint = loopback()
+    keeper = GateKeeper(endpoint)
+    evaluator = GateClient(endpoint, name="actor-0", evaluates=True, timeout_s=5)
+    other = GateClient(endpoint, name="actor-1", evaluates=False, timeout_s=5)
+    try:
+        async with running(keeper.serve()), evaluator, other:
+            await until(lambda: len(keeper._clients) == 2)
+            yield keeper, evaluator, other
+    finally:
+        keeper.shut()
+
+
+async def test_a_version_to_be_evaluated_reaches_the_evaluator_alone_and_once(monkeypatch):
+    monkeypatch.setattr(treepo_async.engine.gate, "BEAT_S", 0.1)
+    async with two_clients() as (keeper, evaluator, other):
+        await keeper.open(FIRST, evaluate=True, hold_s=60)
+        async with asyncio.timeout(EVENT_S):
+            assert await evaluator.to_evaluate.get() == FIRST
+            async with other.passage(least_step=1):
+                pass
+        # the next beats bring the same gate again
+        await asyncio.sleep(0.35)
+        assert evaluator.to_evaluate.empty()
+        assert other.to_evaluate.empty()
+
+
+async def test_a_version_is_held_until_it_is_evaluated():
+    async with two_clients() as (keeper, evaluator, _):
+        await keeper.open(FIRST, evaluate=True, hold_s=60)
+        assert keeper.is_held()
+        await evaluator.evaluated(BASE)
+        await asyncio.sleep(0.2)
+        assert keeper.is_held(), "another version was evaluated"
+        await evaluator.evaluated(FIRST)
+        await until(lambda: not keeper.is_held())
+
+
+async def test_a_version_is_held_no_longer_than_its_deadline():
+    async with two_clients() as (keeper, _, _):
+        await keeper.open(FIRST, evaluate=True, hold_s=0.3)
+        assert keeper.is_held()
+        await until(lambda: not keeper.is_held(), timeout_s=2)
+
+
+async def test_a_version_that_is_opened_again_stays_held_and_a_new_one_does_not():
+    async with two_clients() as (keeper, _, _):
+        await keeper.open(FIRST, evaluate=True, hold_s=60)
+        await keeper.close()
+        await keeper.open(FIRST, evaluate=False, hold_s=60)
+        assert keeper.is_held()
+        await keeper.open(SECOND, evaluate=False, hold_s=60)
+        assert not keeper.is_held()

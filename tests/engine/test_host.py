@@ -1,0 +1,318 @@
+import asyncio
+import contextlib
+from dataclasses import dataclass, replace
+
+import aiohttp
+import pytest
+
+import treepo_async.engine.host
+from tests.fakes import (
+    BASE,
+    FakeServer,
+    FakeSGLang,
+    events_in,
+    loopback,
+    publish_fake,
+    until,
+)
+from treepo_async.engine.gate import GateClient
+from treepo_async.engine.gatekeeper import GateKeeper
+from treepo_async.engine.host import Host, HostRules
+from treepo_async.errors import EngineError
+from treepo_async.types import PolicyVersion
+from treepo_async.weights.store import WeightStore
+
+FIRST, SECOND, THIRD = (PolicyVersion(0, step) for step in (1, 2, 3))
+RULES = HostRules(
+    start_timeout_s=5,
+    drain_timeout_s=5,
+    update_timeout_s=2,
+    eval_timeout_s=60,
+    max_restarts=2,
+    gap_alarm=1e-4,
+)
+
+
+class RecordingKeeper(GateKeeper):
+    """A keeper that writes its doings between the calls to the server."""
+
+    def __init__(self, endpoint, calls):
+        super().__init__(endpoint)
+        self.calls = calls
+
+    async def open(self, version, *, evaluate, hold_s):
+        self.calls.append(("open", str(version)))
+        await super().open(version, evaluate=evaluate, hold_s=hold_s)
+
+    async def close(self):
+        self.calls.append(("close", None))
+        await super().close()
+
+    async def drained(self, *, timeout_s):
+        in_time = await super().drained(timeout_s=timeout_s)
+        self.calls.append(("drained", in_time))
+        return in_time
+
+
+@dataclass
+class House:
+    """A host on a fake SGLang, and a client at its gate."""
+
+    sglang: FakeSGLang
+    server: FakeServer
+    host: Host
+    gate: GateClient
+    task: asyncio.Task
+
+    @property
+    def store(self):
+        return self.host.store
+
+    async def applied(self, version):
+        await until(lambda: self.host.applied == version)
+        async with self.gate.passage(least_step=version.step) as open_for:
+            assert open_for == version
+
+    def doings(self):
+        """What was done, in order."""
+        return [path for path, _ in self.sglang.calls]
+
+
+@pytest.fixture
+def base_dir(tmp_path):
+    """The initial model, made the way a publication is."""
+    store = WeightStore(tmp_path / "base", keep=1)
+    return publish_fake(store, BASE)
+
+
+@contextlib.asynccontextmanager
+async def house(tmp_path, base_dir, *, evaluate_first=False, **rules):
+    endpoint = loopback()
+    async with FakeSGLang() as sglang, aiohttp.ClientSession() as session:
+        server = FakeServer(sglang, session, tmp_path / "sglang.log")
+        keeper = RecordingKeeper(endpoint, sglang.calls)
+        host = Host(
+            server=server,
+            keeper=keeper,
+            store=WeightStore(tmp_path / "weights", keep=4),
+            rules=replace(RULES, **rules),
+            base_dir=base_dir,
+            evaluate_first=evaluate_first,
+        )
+        task = asyncio.create_task(host.run())
+        gate = GateClient(endpoint, name="actor-0", evaluates=True, timeout_s=10)
+        try:
+            async with gate, asyncio.timeout(30):
+                async with gate.passage():
+                    pass
+                yield House(sglang, server, host, gate, task)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            keeper.shut()
+
+
+async def test_a_publication_is_applied_behind_a_closed_gate_in_one_order(
+    tmp_path, base_dir, capsys
+):
+    async with house(tmp_path, base_dir) as it:
+        assert it.doings() == ["start", "open"]
+        folder = publish_fake(it.store, FIRST)
+        await it.applied(FIRST)
+        assert it.doings()[2:] == [
+            "close",
+            "drained",
+            "/flush_cache",
+            "/update_weights_from_disk",
+            "/generate",
+            "open",
+        ]
+        (loaded,) = it.sglang.bodies("/update_weights_from_disk")
+        assert loaded == {"model_path": str(folder), "weight_version": "0.1", "flush_cache": True}
+        await until(lambda: it.sglang.level == 1.0)
+    events = events_in(capsys.readouterr().out)
+    assert events[0]["event"] == "ready"
+    (weights,) = [event for event in events if event["event"] == "weights"]
+    assert (weights["version"], weights["step"]) == ("0.1", 1)
+    assert weights["gap"] < 1e-9
+    assert weights["pause_s"] >= weights["drain_s"] + weights["load_s"]
+
+
+async def test_the_weights_stay_until_the_last_request_in_flight_is_back(tmp_path, base_dir):
+    async with house(tmp_path, base_dir) as it:
+        async with it.gate.passage() as version:
+            publish_fake(it.store, FIRST)
+            await until(lambda: "close" in it.doings())
+            await asyncio.sleep(0.3)
+            assert version == BASE
+            assert it.sglang.level == 0.0
+        await it.applied(FIRST)
+
+
+async def test_requests_that_do_not_end_in_time_are_aborted(tmp_path, base_dir, capsys):
+    async with house(tmp_path, base_dir, drain_timeout_s=0.2) as it:
+        async with it.gate.passage():
+            publish_fake(it.store, FIRST)
+            await until(lambda: it.host.applied == FIRST)
+        assert it.sglang.bodies("/abort_request") == [{"rid": "", "abort_all": True}]
+    (alarm,) = events_in(capsys.readouterr().out, "alarm")
+    assert alarm["alarm"].startswith("drain timed out")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "no manifest", "other shape"])
+async def test_a_damaged_publication_never_reaches_the_engine_and_a_later_one_does(
+    tmp_path, base_dir, capsys, damage
+):
+    async with house(tmp_path, base_dir) as it:
+        spoiled = WeightStore(tmp_path / "spoiled", keep=4)
+        folder = publish_fake(spoiled, FIRST)
+        spoil(folder, damage)
+        folder.rename(it.store.path(FIRST))
+        await until(lambda: FIRST in it.host.refused)
+        await asyncio.sleep(0.2)
+        assert it.doings() == ["start", "open"]
+        publish_fake(it.store, SECOND)
+        await it.applied(SECOND)
+    alarms = events_in(capsys.readouterr().out, "alarm")
+    assert [(a["alarm"], a["version"]) for a in alarms] == [("publication refused", "0.1")]
+
+
+def spoil(folder, damage):
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(data[:-4])
+    elif damage == "flipped":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "no manifest":
+        (folder / "manifest.json").unlink()
+    else:
+        header = data.replace(b"[2,3]", b"[3,2]")
+        assert header != data
+        file.write_bytes(header)
+
+
+@pytest.mark.parametrize("trouble", ["refuses_update", "refuses_flush"])
+async def test_a_load_that_fails_restarts_the_engine_from_the_last_good_weights(
+    tmp_path, base_dir, capsys, trouble
+):
+    async with house(tmp_path, base_dir) as it:
+        first = publish_fake(it.store, FIRST)
+        await it.applied(FIRST)
+        setattr(it.sglang, trouble, True)
+        publish_fake(it.store, SECOND)
+        await until(lambda: len(it.server.starts) == 2)
+        setattr(it.sglang, trouble, False)
+        await it.applied(SECOND)
+        assert it.server.starts[1] == (first, "0.1")
+        begin, end = it.doings().index("open", 2), it.doings().index("start", 1)
+        assert it.doings()[begin + 1 : end].count("close") == 2
+        assert "open" not in it.doings()[begin + 1 : end], "somebody was let in before the restart"
+    (alarm,) = events_in(capsys.readouterr().out, "alarm")
+    assert alarm["alarm"] == "engine restarted"
+    assert alarm["detail"].startswith("applying 0.2 failed: SGLang")
+
+
+async def test_weights_that_were_not_loaded_are_found_out_by_the_probe(tmp_path, base_dir, capsys):
+    async with house(tmp_path, base_dir) as it:
+        it.sglang.ignores_update = True
+        publish_fake(it.store, FIRST)
+        await until(lambda: len(it.server.starts) == 2)
+        it.sglang.ignores_update = False
+        await it.applied(FIRST)
+        assert it.server.starts[1] == (base_dir, "0.0")
+        assert ("open", "0.1") not in it.sglang.calls[: it.sglang.calls.index(("start", "0.0"), 1)]
+    events = events_in(capsys.readouterr().out)
+    (alarm,) = [e for e in events if e["event"] == "alarm"]
+    assert "the probe differs by 1 nats" in alarm["detail"]
+    assert [e["gap"] < 1e-9 for e in events if e["event"] == "weights"] == [True]
+
+
+@pytest.mark.parametrize("probe_level", [float("nan"), 1.0002])
+async def test_a_probe_that_never_fits_ends_the_host_after_its_restarts(
+    tmp_path, base_dir, probe_level
+):
+    async with house(tmp_path, base_dir) as it:
+        publish_fake(it.store, FIRST, probe_level=probe_level)
+        await until(it.task.done)
+        assert len(it.server.starts) == 1 + RULES.max_restarts
+        assert ("open", "0.1") not in it.sglang.calls
+        with pytest.raises(ExceptionGroup) as caught:
+            it.task.result()
+    assert caught.group_contains(EngineError, match="gave up after 2 restarts: applying 0.1")
+
+
+async def test_a_server_that_dies_is_started_again_with_the_weights_it_had(
+    tmp_path, base_dir, capsys
+):
+    async with house(tmp_path, base_dir) as it:
+        first = publish_fake(it.store, FIRST)
+        await it.applied(FIRST)
+        it.server.is_running = False
+        await until(lambda: len(it.server.starts) == 2)
+        assert it.server.starts[1] == (first, "0.1")
+        await it.applied(FIRST)
+    (alarm,) = events_in(capsys.readouterr().out, "alarm")
+    assert "SGLang died\na line of its log" in alarm["detail"]
+
+
+async def test_a_server_that_keeps_dying_ends_the_host(tmp_path, base_dir):
+    async with house(tmp_path, base_dir, max_restarts=1) as it:
+        it.server.is_running = False
+        await until(lambda: len(it.server.starts) == 2)
+        it.server.is_running = False
+        await until(it.task.done)
+        with pytest.raises(ExceptionGroup) as caught:
+            it.task.result()
+    assert caught.group_contains(EngineError, match="gave up after 1 restarts: SGLang died")
+
+
+async def test_the_next_version_waits_for_the_evaluation_of_the_one_before(tmp_path, base_dir):
+    async with house(tmp_path, base_dir) as it:
+        publish_fake(it.store, FIRST, evaluate=True)
+        async with asyncio.timeout(10):
+            assert await it.gate.to_evaluate.get() == FIRST
+        publish_fake(it.store, SECOND)
+        publish_fake(it.store, THIRD)
+        await asyncio.sleep(0.4)
+        assert it.host.applied == FIRST
+        await it.gate.evaluated(FIRST)
+        await it.applied(THIRD)
+        loaded = [b["weight_version"] for b in it.sglang.bodies("/update_weights_from_disk")]
+        assert loaded == ["0.1", "0.3"], "the newest one, and none between"
+
+
+async def test_an_evaluation_goes_on_over_the_death_of_the_server(tmp_path, base_dir):
+    async with house(tmp_path, base_dir) as it:
+        publish_fake(it.store, FIRST, evaluate=True)
+        async with asyncio.timeout(10):
+            await it.gate.to_evaluate.get()
+        it.server.is_running = False
+        await until(lambda: len(it.server.starts) == 2)
+        publish_fake(it.store, SECOND)
+        await asyncio.sleep(0.4)
+        assert it.host.applied == FIRST
+        assert it.gate.to_evaluate.empty()
+        await it.gate.evaluated(FIRST)
+        await it.applied(SECOND)
+
+
+async def test_the_first_weights_are_evaluated_when_asked_for(tmp_path, base_dir):
+    async with house(tmp_path, base_dir, evaluate_first=True) as it, asyncio.timeout(10):
+        assert await it.gate.to_evaluate.get() == BASE
+
+
+async def test_the_driver_hears_how_often_the_server_had_nothing_to_do(
+    tmp_path, base_dir, capsys, monkeypatch
+):
+    monkeypatch.setattr(treepo_async.engine.host, "SAMPLE_S", 0.03)
+    async with house(tmp_path, base_dir) as it:
+        it.sglang.running["somebody"] = asyncio.Event()
+        await asyncio.sleep(0.4)
+        it.sglang.running.clear()
+        await asyncio.sleep(0.4)
+    shares = [
+        e["num_idle"] / e["num_samples"] for e in events_in(capsys.readouterr().out, "engine")
+    ]
+    assert min(shares) == 0
+    assert shares[-1] == 1

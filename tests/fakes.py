@@ -1,0 +1,485 @@
+"""Small real stand-ins: an engine that answers by rule, an SGLang over HTTP with faults, a replay to talk to.
+
+Each keeps to the protocol of what it stands for and records what it was asked; nothing is patched.
+"""
+
+import asyncio
+import contextlib
+import json
+import random
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from aiohttp import ClientSession, web
+
+from treepo_async.actor.expand import ExpandSettings
+from treepo_async.engine.client import Completion, SamplingSettings
+from treepo_async.engine.gate import GateClient
+from treepo_async.engine.gatekeeper import GateKeeper
+from treepo_async.engine.server import Server, ServerOptions
+from treepo_async.errors import EngineError
+from treepo_async.metrics.events import parse
+from treepo_async.process import free_ports
+from treepo_async.replay.queue import Queue, QueueRules
+from treepo_async.replay.server import ReplayServer
+from treepo_async.replay.spool import MemorySpool
+from treepo_async.scoring.boxed import boxed_end
+from treepo_async.tree.cut import Run, VersionSpan
+from treepo_async.tree.growth import GrowthRules
+from treepo_async.tree.stopping import StopRules
+from treepo_async.types import PolicyVersion, Prompt
+from treepo_async.weights.manifest import Probe, TensorInfo
+from treepo_async.weights.store import NamedTensor, WeightStore
+from treepo_async.wire.sockets import Router
+
+BASE = PolicyVersion(0, 0)
+EOS = 1
+VOCAB_SIZE = 128
+MAX_DRAWN = 64
+HELD_S = 60.0
+"""A request that hangs is let go after this time, in case a test forgot it."""
+
+
+def events_in(output: str, name: str | None = None) -> list[dict[str, Any]]:
+    """The events in captured output, all or those of one name."""
+    found = [event for line in output.splitlines() if (event := parse(line)) is not None]
+    return [event for event in found if name in (None, event["event"])]
+
+
+async def until(holds: Callable[[], Any], *, timeout_s: float = 10.0) -> None:
+    """Wait until `holds()`; fails at the deadline."""
+    async with asyncio.timeout(timeout_s):
+        while True:
+            if holds():
+                return
+            await asyncio.sleep(0.01)
+
+
+def text_of(token_ids: Sequence[int]) -> str:
+    """The fake vocabulary is ASCII: a token is its character, those below the space are nothing."""
+    return "".join(chr(token) for token in token_ids if token >= ord(" "))
+
+
+def ascii_settings(**rules: Any) -> ExpandSettings:
+    """Trees of 6 leaves with segments of 4 tokens, 5 deep; `rules` replaces some of the growth's."""
+    defaults = {
+        "segment_tokens": 4,
+        "max_depth": 5,
+        "width": 6,
+        "branching_factor": 2,
+        "first_fork_min": 2,
+        "first_fork_max": 2,
+        "fallback": True,
+    }
+    return ExpandSettings(
+        growth=GrowthRules(**{**defaults, **rules}),
+        stops=StopRules(
+            eos_token_ids=frozenset({EOS}),
+            decode=text_of,
+            boxed_end=boxed_end,
+            repetition_window=2,
+            repetition_count=2,
+        ),
+        sampling=SamplingSettings(temperature=0.8, stop_token_ids=(EOS,)),
+    )
+
+
+def loopback() -> str:
+    """A free endpoint for sockets."""
+    return f"tcp://127.0.0.1:{free_ports(1)[0]}"
+
+
+# ---------------------------------------------------------------- engine
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of `ScriptedEngine.extend`."""
+
+    prefix: list[int]
+    num_runs: int
+    max_new_tokens: int
+    sampling: SamplingSettings
+    least_step: int
+    is_cached: bool
+
+
+@dataclass
+class ScriptedEngine:
+    """An `actor.expand.Engine` whose completions follow from its script, or from a seeded toy policy.
+
+    With `script`, a function of prefix, run number and greediness gives the tokens of each run. Without it, tokens
+    are drawn uniformly, and a run ends with `EOS` with probability `eos_rate` at each token. `logprob_of` of token and
+    position is what the engine reports, so that a test knows every log-prob without asking.
+    """
+
+    script: Callable[[list[int], int, bool], Sequence[int]] | None = None
+    seed: int = 0
+    eos_rate: float = 0.1
+    version: PolicyVersion = BASE
+    failures: dict[int, Exception] = field(default_factory=dict)
+    """What calls raise, by their number from 0."""
+    held: dict[int, asyncio.Event] = field(default_factory=dict)
+    """Calls whose prefix begins with the token wait for its event."""
+    requests: list[Request] = field(default_factory=list)
+    runs: list[list[int]] = field(default_factory=list)
+    """All tokens returned, in the order of return."""
+    _num_runs: Counter[tuple[int, ...]] = field(default_factory=Counter)
+
+    async def extend(
+        self,
+        prefix: Sequence[int],
+        *,
+        num_runs: int,
+        max_new_tokens: int,
+        sampling: SamplingSettings,
+        least_step: int = 0,
+        is_cached: bool = True,
+    ) -> list[Completion]:
+        """See `EngineClient.extend`."""
+        prefix, call = list(prefix), len(self.requests)
+        self.requests.append(
+            Request(prefix, num_runs, max_new_tokens, sampling, least_step, is_cached)
+        )
+        await asyncio.sleep(0)
+        if prefix[0] in self.held:
+            await self.held[prefix[0]].wait()
+        if call in self.failures:
+            raise self.failures[call]
+        return [
+            self._complete(prefix, max_new_tokens, sampling, is_cached) for _ in range(num_runs)
+        ]
+
+    def _complete(
+        self, prefix: list[int], max_new_tokens: int, sampling: SamplingSettings, is_cached: bool
+    ) -> Completion:
+        number, is_greedy = self._num_runs[tuple(prefix)], sampling.temperature == 0
+        self._num_runs[tuple(prefix)] += 1
+        wanted = (self.script or self._draw)(prefix, number, is_greedy)
+        tokens = list(wanted)[:max_new_tokens]
+        self.runs.append(tokens)
+        logprobs = [logprob_of(token, len(prefix) + i) for i, token in enumerate(tokens)]
+        return Completion(
+            run=Run(
+                np.array(tokens, np.int32),
+                np.array(logprobs, np.float32),
+                (VersionSpan(self.version, len(tokens)),),
+            ),
+            prefix_tokens=len(prefix),
+            cached_tokens=len(prefix) - 1 if is_cached else 0,
+            overhead_s=0.001,
+        )
+
+    def _draw(self, prefix: list[int], number: int, is_greedy: bool) -> list[int]:
+        rng = random.Random(f"{self.seed}/{prefix}/{0 if is_greedy else number}")
+        tokens = []
+        while len(tokens) < MAX_DRAWN and EOS not in tokens:
+            tokens.append(EOS if rng.random() < self.eos_rate else rng.randrange(2, VOCAB_SIZE))
+        return tokens
+
+
+def logprob_of(token: int, position: int) -> float:
+    """The log-prob that `ScriptedEngine` reports for a token at a position of its sequence."""
+    return -0.01 - 0.001 * (token % 97) - 0.0001 * (position % 89)
+
+
+# ---------------------------------------------------------------- SGLang over HTTP
+
+
+@dataclass
+class FakeSGLang:
+    """The endpoints of an SGLang server that this project uses, with faults to be set.
+
+    The faults of `generate_faults` are used up one a request: `abort`, `500`, `garbage`, `not_understood`, `drop`,
+    `other_version`, `nan`, `hang`. Weights are one number, `level`: every log-prob is `fake_logprob(token, level)`.
+    """
+
+    generate_faults: deque[str] = field(default_factory=deque)
+    refuses_update: bool = False
+    refuses_flush: bool = False
+    ignores_update: bool = False
+    """Say that new weights were loaded, and keep the old ones: what SGLang does with a partial file."""
+    latency_s: float = 0.0
+    version: str = "0.0"
+    level: float = 0.0
+    calls: list[tuple[str, Any]] = field(default_factory=list)
+    """(path, body) in order of arrival."""
+    running: dict[str, asyncio.Event] = field(default_factory=dict)
+    """Live requests by id; the event aborts one."""
+    url: str = ""
+    _runner: web.AppRunner | None = None
+
+    async def __aenter__(self) -> "FakeSGLang":
+        app = web.Application()
+        app.router.add_post("/generate", self._generate)
+        app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/flush_cache", self._flush)
+        app.router.add_post("/update_weights_from_disk", self._update)
+        app.router.add_get("/v1/loads", self._loads)
+        app.router.add_get("/ready", self._ready)
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        port = free_ports(1)[0]
+        await web.TCPSite(self._runner, "127.0.0.1", port).start()
+        self.url = f"http://127.0.0.1:{port}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for abort in self.running.values():
+            abort.set()
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+    def bodies(self, path: str) -> list[Any]:
+        """What was posted to a path."""
+        return [body for called, body in self.calls if called == path]
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.calls.append(("/generate", body))
+        if isinstance(body["input_ids"][0], list):
+            return web.json_response([self._scored(ids) for ids in body["input_ids"]])
+        fault = self.generate_faults.popleft() if self.generate_faults else ""
+        version = self.version
+        abort = self.running[body["rid"]] = asyncio.Event()
+        try:
+            wait_s = HELD_S if fault == "hang" else self.latency_s
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait_s):
+                    await abort.wait()
+            if abort.is_set():
+                fault = "abort"
+            return self._completion(request, body, fault, version)
+        finally:
+            del self.running[body["rid"]]
+
+    def _completion(
+        self, request: web.Request, body: dict[str, Any], fault: str, version: str
+    ) -> web.StreamResponse:
+        if fault == "drop":
+            assert request.transport is not None
+            request.transport.abort()
+        if fault == "500":
+            return web.json_response({"error": {"message": "scheduler trouble"}}, status=500)
+        if fault == "garbage":
+            return web.Response(body=b"\xff{]", content_type="application/json")
+        if fault == "not_understood":
+            return web.json_response({"text": "no meta_info here"})
+        params = body["sampling_params"]
+        number = params["max_new_tokens"]
+        tokens = [2 + i % (VOCAB_SIZE - 2) for i in range(number)]
+        logprobs = [None if fault == "nan" else fake_logprob(t, self.level) for t in tokens]
+        said = "0.999" if fault == "other_version" else version
+        reason = {"type": "length", "length": number}
+        if fault == "abort":
+            reason = {"type": "abort", "message": "Aborted"}
+        meta = {
+            "id": body["rid"],
+            "finish_reason": reason,
+            "prompt_tokens": len(body["input_ids"]),
+            "cached_tokens": len(body["input_ids"]) - 1,
+            "weight_version": said,
+            "weight_versions": [{"version": said, "start": 0, "end": number}],
+            "output_token_logprobs": [[p, t, None] for p, t in zip(logprobs, tokens, strict=True)],
+            "e2e_latency": 0.001,
+        }
+        return web.json_response({"output_ids": tokens, "meta_info": meta})
+
+    def _scored(self, ids: list[int]) -> dict[str, Any]:
+        rows = [[None, ids[0], None], *([fake_logprob(t, self.level), t, None] for t in ids[1:])]
+        return {"output_ids": [], "meta_info": {"input_token_logprobs": rows}}
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.calls.append(("/abort_request", body))
+        for request_id, abort in self.running.items():
+            if request_id.startswith(body["rid"]):
+                abort.set()
+        return web.Response()
+
+    async def _flush(self, request: web.Request) -> web.Response:
+        self.calls.append(("/flush_cache", dict(request.query)))
+        if not self.refuses_flush:
+            with contextlib.suppress(TimeoutError):
+                await until(lambda: not self.running, timeout_s=float(request.query["timeout"]))
+        if self.refuses_flush or self.running:
+            return web.Response(text="Timed out waiting for idle state.", status=400)
+        return web.Response(text="Cache flushed.\n")
+
+    async def _update(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.calls.append(("/update_weights_from_disk", body))
+        if self.refuses_update:
+            answer = {"success": False, "message": "Failed to get weights iterator"}
+            return web.json_response(answer, status=400)
+        if not self.ignores_update:
+            self.level = level_of(Path(body["model_path"]))
+        self.version = body["weight_version"]
+        return web.json_response({"success": True, "message": "Succeeded."})
+
+    async def _loads(self, _: web.Request) -> web.Response:
+        load = {"num_running_reqs": len(self.running), "num_waiting_reqs": 0}
+        return web.json_response({"loads": [load]})
+
+    async def _ready(self, _: web.Request) -> web.Response:
+        return web.Response()
+
+
+class FakeServer(Server):
+    """A `Server` whose process is a `FakeSGLang`; its control calls are the real ones, over HTTP."""
+
+    def __init__(self, fake: FakeSGLang, session: ClientSession, log_file: Path) -> None:
+        log_file.write_text("a line of its log\n")
+        super().__init__(
+            ServerOptions(int(fake.url.rpartition(":")[2]), "float32", 64, None, 8, 64, log_file),
+            session,
+        )
+        self.fake, self.is_running = fake, False
+        self.starts: list[tuple[Path, str]] = []
+
+    async def start(self, model_dir: Path, weight_version: str, *, timeout_s: float) -> float:
+        """Be an SGLang that has loaded the folder."""
+        self.starts.append((model_dir, weight_version))
+        self.fake.calls.append(("start", weight_version))
+        self.fake.version, self.fake.level = weight_version, level_of(model_dir)
+        self.is_running = True
+        return 0.0
+
+    def is_alive(self) -> bool:
+        """Whether nobody has set `is_running` to False."""
+        return self.is_running
+
+    async def stop(self) -> None:
+        """End it."""
+        self.is_running = False
+
+
+def fake_logprob(token: int, level: float) -> float:
+    """The log-prob of a token under weights of a level."""
+    return -0.5 - 0.01 * token - level
+
+
+def fake_tensors(level: float) -> list[NamedTensor]:
+    """The weights of a `FakeSGLang`."""
+    data = np.full((2, 3), level, np.float32).tobytes()
+    return [NamedTensor("model.weight", TensorInfo("F32", (2, 3)), data)]
+
+
+def level_of(folder: Path) -> float:
+    """The level in a folder's weights, as an engine would load them: unchecked."""
+    data = (folder / "model.safetensors").read_bytes()
+    return float(np.frombuffer(data[-4:], np.float32)[0])
+
+
+def publish_fake(
+    store: WeightStore,
+    version: PolicyVersion,
+    *,
+    evaluate: bool = False,
+    probe_level: float | None = None,
+) -> Path:
+    """Publish weights whose level is the version's step, with the probe that proves them, or one of another level."""
+    level = float(version.step)
+    token_ids = [[2, 3, 5, 7], [11, 13, 17]]
+    proven = level if probe_level is None else probe_level
+    logprobs = [[fake_logprob(t, proven) for t in ids[1:]] for ids in token_ids]
+    config_file = store.folder.parent / "config.json"
+    config_file.write_text(json.dumps({"vocab_size": VOCAB_SIZE}))
+    return store.publish(
+        version,
+        fake_tensors(level),
+        config_file=config_file,
+        probe=Probe(token_ids, logprobs),
+        evaluate=evaluate,
+    )
+
+
+# ---------------------------------------------------------------- gate and replay
+
+
+@contextlib.asynccontextmanager
+async def running(work: Any) -> AsyncIterator[asyncio.Task[Any]]:
+    """Run a coroutine beside the test; what it raised by itself is raised at the end."""
+    task = asyncio.ensure_future(work)
+    try:
+        yield task
+    finally:
+        ended = task.done()
+        task.cancel()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+    if ended and isinstance(outcome, Exception):
+        raise outcome
+
+
+@contextlib.asynccontextmanager
+async def open_gate(
+    version: PolicyVersion = BASE,
+    *,
+    evaluates: bool = False,
+    timeout_s: float = 5.0,
+    silent_s: float = 5.0,
+) -> AsyncIterator[tuple[GateKeeper, GateClient]]:
+    """A keeper with an open gate and one client of it, which has seen it open."""
+    endpoint = loopback()
+    keeper = GateKeeper(endpoint, silent_s=silent_s)
+    try:
+        async with running(keeper.serve()):
+            await keeper.open(version, evaluate=False, hold_s=0)
+            async with GateClient(
+                endpoint, name="actor-0", evaluates=evaluates, timeout_s=timeout_s
+            ) as gate:
+                async with gate.passage():
+                    pass
+                yield keeper, gate
+    finally:
+        keeper.shut()
+
+
+@contextlib.asynccontextmanager
+async def serve_replay(
+    *, prompt: Callable[[int], Prompt] | None = None, **rules: Any
+) -> AsyncIterator[tuple[ReplayServer, str]]:
+    """A real replay on a free endpoint. Gives the server and the endpoint.
+
+    Args:
+        prompt: the training prompts; by default prompt i is the tokens `[10 + i, 7]`.
+        rules: of the queue; the defaults are one batch of two prompts.
+    """
+    defaults = {
+        "prompts_per_batch": 2,
+        "max_staleness": 0,
+        "num_batches": 1,
+        "lease_timeout_s": 30.0,
+        "max_attempts": 3,
+        "drop_degenerate": False,
+        "max_refills": 8,
+    }
+    endpoint = loopback()
+    router = Router(endpoint, max_bytes=2**20)
+    server = ReplayServer(
+        router=router,
+        queue=Queue(QueueRules(**{**defaults, **rules})),
+        spool=MemorySpool(),
+        prompt=prompt or numbered_prompt,
+        run_id="run",
+        vocab_size=VOCAB_SIZE,
+    )
+    try:
+        async with running(server.run()):
+            yield server, endpoint
+    finally:
+        router.close()
+
+
+def numbered_prompt(index: int) -> Prompt:
+    """The prompt of an index: tokens `[10 + index, 7]`."""
+    return Prompt(f"p{index}", np.array([10 + index, 7], np.int32), f"problem {index}", "1")
+
+
+def engine_failure() -> EngineError:
+    """What a lost engine raises."""
+    return EngineError("no completion after 3 attempts: the server is gone")

@@ -1,0 +1,223 @@
+import asyncio
+import contextlib
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+
+import treepo_async.learner.worker
+from tests.fakes import (
+    ScriptedEngine,
+    ascii_settings,
+    events_in,
+    numbered_prompt,
+    running,
+    serve_replay,
+)
+from treepo_async.actor.replay_client import ReplayClient
+from treepo_async.actor.worker import RewardSettings
+from treepo_async.actor.worker import Worker as ActorWorker
+from treepo_async.data.source import EndOfData
+from treepo_async.errors import DeadlineError, TreepoError
+from treepo_async.learner.step import StepResult
+from treepo_async.learner.worker import MAX_SKIPPED, Worker, WorkerRules
+from treepo_async.replay.queue import State
+from treepo_async.types import PolicyVersion
+from treepo_async.weights.manifest import Manifest
+from treepo_async.weights.store import WeightStore
+from treepo_async.wire.sockets import BlockingRequester, Requester
+
+RULES = WorkerRules(
+    num_steps=3,
+    estimator="treepo",
+    whiten=True,
+    eval_every=2,
+    batch_timeout_s=20.0,
+    gap_alarm=1e-4,
+    dtype=torch.float32,
+)
+DONE = StepResult(
+    loss=0.5,
+    grad_norm=1.0,
+    learning_rate=1e-4,
+    num_trained_tokens=10,
+    num_trajectory_tokens=20,
+    num_microbatches=1,
+    correction_weight_mean=1.0,
+    correction_capped_share=0.0,
+    clipped_share=0.0,
+    kl_behavior=0.0,
+    entropy=1.0,
+    logprob_gap_mean=0.0,
+    logprob_gap_max=0.0,
+    skipped=False,
+)
+SKIPPED = replace(DONE, loss=float("nan"), skipped=True)
+
+
+@dataclass
+class FakeLearner:
+    """Trains nothing, gives scripted results, and notes what was known when it was asked."""
+
+    server: object
+    store: WeightStore
+    results: list = field(default_factory=list)
+    calls: list = field(default_factory=list)
+
+    def train(self, trees, advantages, *, version):
+        journal = {
+            e.lease_id for e in self.server.queue.entries.values() if e.state is State.CONSUMED
+        }
+        leases = {tree.provenance.lease_id for tree in trees}
+        assert leases <= journal, "consumed before it is computed on"
+        assert [a.shape for a in advantages] == [(len(tree.leaves),) for tree in trees]
+        self.calls.append((version, sorted(leases), self.server.queue.published))
+        return self.results[len(self.calls) - 1] if self.results else DONE
+
+    def export(self):
+        yield "model.weight", torch.full((2,), float(len(self.calls)))
+
+    def score(self, sequences):
+        return [np.zeros(len(s) - 1, np.float32) for s in sequences]
+
+
+@dataclass
+class Run:
+    """A learner's worker on a real replay, and an actor that feeds it."""
+
+    server: object
+    store: WeightStore
+    learner: FakeLearner
+    worker: Worker
+
+    async def train(self):
+        return await asyncio.to_thread(self.worker.run)
+
+
+@contextlib.asynccontextmanager
+async def learning(tmp_path, *, results=(), with_actor=True, prompt=numbered_prompt, **rules):
+    wanted = replace(RULES, **rules)
+    (tmp_path / "config.json").write_text("{}")
+    store = WeightStore(tmp_path / "weights", keep=10)
+    queue = {"num_batches": wanted.num_steps, "max_staleness": wanted.num_steps}
+    async with (
+        serve_replay(prompt=prompt, **queue) as (server, endpoint),
+        asyncio.timeout(40),
+        contextlib.AsyncExitStack() as stack,
+    ):
+        if with_actor:
+            await stack.enter_async_context(acting(endpoint))
+        replay = BlockingRequester(endpoint, name="learner-0", owner="replay")
+        stack.callback(replay.close)
+        learner = FakeLearner(server, store, list(results))
+        config_file = tmp_path / "config.json"
+        worker = Worker(learner, replay, store, config_file=config_file, rules=wanted)
+        yield Run(server, store, learner, worker)
+
+
+@contextlib.asynccontextmanager
+async def acting(endpoint):
+    async with Requester(endpoint, name="actor-0", owner="replay") as requester:
+        reward = RewardSettings(lambda response, _: float(len(response) % 2), 1.0, -1.0)
+        actor = ActorWorker(
+            "actor-0", ReplayClient(requester), ScriptedEngine(), ascii_settings(), reward, seed=0
+        )
+        async with running(actor.run(concurrent_trees=2)):
+            yield
+
+
+async def test_each_step_consumes_trains_publishes_and_then_says_so(tmp_path, capsys):
+    async with learning(tmp_path) as it:
+        assert await it.train() == 3
+        assert it.learner.calls == [
+            (PolicyVersion(0, 0), ["000000000", "000000001"], 0),
+            (PolicyVersion(0, 1), ["000000002", "000000003"], 1),
+            (PolicyVersion(0, 2), ["000000004", "000000005"], 2),
+        ]
+        assert it.server.queue.published == 3
+        assert {e.state for e in it.server.queue.entries.values()} == {State.TRAINED}
+        versions = it.store.versions()
+        marked = [Manifest.read(it.store.path(v)).evaluate for v in versions]
+    assert versions == [PolicyVersion(0, 1), PolicyVersion(0, 2), PolicyVersion(0, 3)]
+    assert marked == [False, True, True], "every second one, and the last"
+    steps = events_in(capsys.readouterr().out, "step")
+    assert [(e["step"], e["policy_step"], e["num_trees"]) for e in steps] == [
+        (0, 1, 2),
+        (1, 2, 2),
+        (2, 3, 2),
+    ]
+    for event in steps:
+        seconds = event["seconds"]
+        assert sum(v for k, v in seconds.items() if k != "wall") == pytest.approx(seconds["wall"])
+    assert steps[2]["staleness_mean"] == 2.0
+
+
+async def test_a_publication_is_there_before_replay_hears_of_it(tmp_path):
+    async with learning(tmp_path) as it:
+        publish, seen = it.server.queue.publish, []
+
+        def note(step, consumed_step):
+            seen.append((step, it.store.path(PolicyVersion(0, step)).exists()))
+            publish(step, consumed_step)
+
+        it.server.queue.publish = note
+        await it.train()
+    assert seen == [(1, True), (2, True), (3, True)]
+
+
+async def test_without_evaluation_no_version_is_marked(tmp_path):
+    async with learning(tmp_path, eval_every=0) as it:
+        await it.train()
+        assert not any(Manifest.read(it.store.path(v)).evaluate for v in it.store.versions())
+
+
+async def test_a_skipped_update_is_told_and_still_published(tmp_path, capsys):
+    async with learning(tmp_path, results=[SKIPPED, SKIPPED, DONE]) as it:
+        assert await it.train() == 3
+        assert len(it.store.versions()) == 3
+    alarms = events_in(capsys.readouterr().out, "alarm")
+    assert [(a["alarm"].partition(":")[0], a["step"]) for a in alarms] == [
+        ("update skipped", 0),
+        ("update skipped", 1),
+    ]
+
+
+async def test_too_many_skipped_updates_in_a_row_end_the_run(tmp_path):
+    results = [SKIPPED, SKIPPED, DONE, *[SKIPPED] * MAX_SKIPPED]
+    async with learning(tmp_path, results=results, num_steps=9) as it:
+        with pytest.raises(TreepoError, match=r"3 updates in a row .* lower learner\.lr"):
+            await it.train()
+        assert len(it.learner.calls) == len(results)
+
+
+async def test_a_gap_to_the_engine_is_told(tmp_path, capsys):
+    gaps = [replace(DONE, logprob_gap_max=gap) for gap in (float("nan"), 1e-5, 2e-4)]
+    async with learning(tmp_path, results=gaps) as it:
+        await it.train()
+    (alarm,) = events_in(capsys.readouterr().out, "alarm")
+    assert (alarm["step"], alarm["gap"]) == (2, 2e-4)
+
+
+async def test_the_end_of_the_data_ends_the_run_with_the_steps_done(tmp_path):
+    def prompt(index):
+        if index >= 3:
+            raise EndOfData
+        return numbered_prompt(index)
+
+    async with learning(tmp_path, prompt=prompt) as it:
+        assert await it.train() == 1
+
+
+async def test_a_batch_that_does_not_come_is_a_deadline_that_names_what_is_missing(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(treepo_async.learner.worker, "BATCH_WAIT_S", 0.1)
+    async with learning(tmp_path, with_actor=False, batch_timeout_s=0.3) as it:
+        with pytest.raises(
+            DeadlineError,
+            match=r"the batch of step 0 \(0 of 2 trees are in.*\); the actors should have ended it",
+        ):
+            await it.train()
+    waiting = events_in(capsys.readouterr().out, "waiting")
+    assert waiting[0]["wait"] == "batch of step 0"
