@@ -38,30 +38,37 @@ def train(config: Config, *, dry_run: bool) -> int:
     """Prepare and print the plan, then carry it out. Gives the exit code."""
     from treepo_async.cluster.plan import describe as describe_plan
     from treepo_async.cluster.plan import make_plan
-    from treepo_async.cluster.prepare import choose_run_dir, make_run_dir, prepare_model, try_inputs
+    from treepo_async.cluster.prepare import (
+        choose_run_dir,
+        make_run_dir,
+        prepare_model,
+        read_model_config,
+        try_inputs,
+    )
     from treepo_async.cluster.run import run
     from treepo_async.cluster.supervise import StoppedError
 
+    run_dir = choose_run_dir(config.run_dir)
     with progress_bar("warm start of the tiny model") as report:
         model_dir = prepare_model(
             config.model.path, cache_dir=Path(config.cache_dir), seed=config.seed, report=report
         )
-    run_dir = choose_run_dir(config)
-    prompt = try_inputs(config, model_dir)
+    model = read_model_config(model_dir)
+    prompt = try_inputs(config, model_dir, model)
     plan = make_plan(config, run_dir=run_dir, model_dir=model_dir)
     print(describe_plan(config, plan, prompt), flush=True)
     if dry_run:
         return 0
-    make_run_dir(config, run_dir)
+    make_run_dir(run_dir, config, model)
     try:
-        model = run(config, plan, say=lambda line: print(line, flush=True))
+        trained = run(config, plan, say=lambda line: print(line, flush=True))
     except RoleError as error:
         print(f"error: {error}\n{error.tail}\nlogs: {run_dir / 'logs'}", file=sys.stderr)
         return EXIT_FAILED
     except StoppedError:
         print(f"stopped; metrics: {run_dir / 'metrics.jsonl'}")
         return EXIT_STOPPED
-    print(f"done; model: {model}; metrics: {run_dir / 'metrics.jsonl'}")
+    print(f"done; model: {trained}; metrics: {run_dir / 'metrics.jsonl'}")
     return 0
 
 

@@ -121,6 +121,8 @@ class ScriptedEngine:
     seed: int = 0
     eos_rate: float = 0.1
     version: PolicyVersion = BASE
+    """That samples, unless a later one is asked for."""
+    obeys_least_step: bool = True
     failures: dict[int, Exception] = field(default_factory=dict)
     """What calls raise, by their number from 0."""
     held: dict[int, asyncio.Event] = field(default_factory=dict)
@@ -151,11 +153,21 @@ class ScriptedEngine:
         if call in self.failures:
             raise self.failures[call]
         return [
-            self._complete(prefix, max_new_tokens, sampling, is_cached) for _ in range(num_runs)
+            self._complete(prefix, max_new_tokens, sampling, is_cached, least_step)
+            for _ in range(num_runs)
         ]
 
+    def _version_for(self, least_step: int) -> PolicyVersion:
+        wanted = PolicyVersion(0, least_step if self.obeys_least_step else 0)
+        return max(self.version, wanted)
+
     def _complete(
-        self, prefix: list[int], max_new_tokens: int, sampling: SamplingSettings, is_cached: bool
+        self,
+        prefix: list[int],
+        max_new_tokens: int,
+        sampling: SamplingSettings,
+        is_cached: bool,
+        least_step: int,
     ) -> Completion:
         number, is_greedy = self._num_runs[tuple(prefix)], sampling.temperature == 0
         self._num_runs[tuple(prefix)] += 1
@@ -167,7 +179,7 @@ class ScriptedEngine:
             run=Run(
                 np.array(tokens, np.int32),
                 np.array(logprobs, np.float32),
-                (VersionSpan(self.version, len(tokens)),),
+                (VersionSpan(self._version_for(least_step), len(tokens)),),
             ),
             prefix_tokens=len(prefix),
             cached_tokens=len(prefix) - 1 if is_cached else 0,
@@ -219,6 +231,7 @@ class FakeSGLang:
         app.router.add_post("/abort_request", self._abort)
         app.router.add_post("/flush_cache", self._flush)
         app.router.add_post("/update_weights_from_disk", self._update)
+        app.router.add_post("/weights_checker", self._checksum)
         app.router.add_get("/v1/loads", self._loads)
         app.router.add_get("/ready", self._ready)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -320,6 +333,9 @@ class FakeSGLang:
             self.level = level_of(Path(body["model_path"]))
         self.version = body["weight_version"]
         return web.json_response({"success": True, "message": "Succeeded."})
+
+    async def _checksum(self, _: web.Request) -> web.Response:
+        return web.json_response({"success": True, "per_engine_checksum": f"level {self.level}"})
 
     async def _loads(self, _: web.Request) -> web.Response:
         load = {"num_running_reqs": len(self.running), "num_waiting_reqs": 0}
@@ -467,6 +483,7 @@ async def serve_replay(
         prompt=prompt or numbered_prompt,
         run_id="run",
         vocab_size=VOCAB_SIZE,
+        max_lost=8,
     )
     try:
         async with running(server.run()):

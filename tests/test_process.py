@@ -194,28 +194,3 @@ def test_free_ports_differ_and_can_be_bound():
     for port in ports:
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", port))
-
-
-RUNS_A_ROLE = """
-import asyncio
-from treepo_async.process import run_role
-async def work():
-    try:
-        print("working", flush=True)
-        await asyncio.sleep(60)
-    finally:
-        print("tidied up", flush=True)
-asyncio.run(run_role(work()))
-"""
-
-
-def test_a_role_tidies_up_at_sigterm_and_leaves_ctrl_c_to_the_driver(started):
-    role = subprocess.Popen([sys.executable, "-c", RUNS_A_ROLE], stdout=subprocess.PIPE, text=True)
-    started.append(role.pid)
-    assert role.stdout.readline() == "working\n"
-    role.send_signal(signal.SIGINT)
-    time.sleep(0.1)
-    assert role.poll() is None
-    role.terminate()
-    out, _ = role.communicate(timeout=SOON_S)
-    assert (role.returncode, out) == (0, "tidied up\n")

@@ -1,6 +1,5 @@
 """Child processes that cannot outlive their parent, and a record of those that once did."""
 
-import asyncio
 import contextlib
 import ctypes
 import json
@@ -8,9 +7,9 @@ import os
 import signal
 import socket
 import subprocess
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import psutil
 
@@ -129,13 +128,3 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [int(probe.getsockname()[1]) for probe in probes]
-
-
-async def run_role(work: Coroutine[Any, Any, None]) -> None:
-    """Run a role's main coroutine: SIGTERM cancels it, Ctrl-C is left to the driver."""
-    task = asyncio.ensure_future(work)
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
-    loop.add_signal_handler(signal.SIGINT, lambda: None)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task

@@ -123,5 +123,10 @@ async def test_a_failed_evaluation_lets_the_version_go_and_the_next_one_is_evalu
         engine.held.clear()
         await evaluate(keeper, SECOND)
     events = events_in(capsys.readouterr().out)
-    assert [(e["event"], e["version"]) for e in events] == [("alarm", "0.1"), ("eval", "0.2")]
+    assert [(e["event"], e.get("version") or e["step"]) for e in events] == [
+        ("alarm", "0.1"),
+        ("evaluated", 1),
+        ("eval", "0.2"),
+        ("evaluated", 2),
+    ]
     assert events[0]["alarm"] == "evaluation failed"

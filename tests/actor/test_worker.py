@@ -28,7 +28,7 @@ async def worker_on(endpoint, engine, *, name="actor-0", scorer=lambda *_: 1.0):
     async with Requester(endpoint, name=name, owner="replay") as requester:
         replay = ReplayClient(requester)
         await replay.hello(name=name, run_id="run", timeout_s=5)
-        reward = RewardSettings(scorer, 1.0, -1.0)
+        reward = RewardSettings(scorer, 1.0, -1.0, timeout_s=5.0)
         yield Worker(name, replay, engine, ascii_settings(), reward, seed=0)
 
 
@@ -83,7 +83,7 @@ async def test_a_lease_that_the_engine_always_fails_on_ends_in_quarantine():
 
 
 async def test_a_stale_tree_is_dropped_and_its_lease_grown_again_under_newer_weights():
-    engine = ScriptedEngine(eos_rate=0.5)
+    engine = ScriptedEngine(eos_rate=0.5, obeys_least_step=False)
     rules = {"num_batches": 2, "max_attempts": 1000}
     async with serve_replay(**rules) as (server, endpoint), asyncio.timeout(RUN_S):
         async with worker_on(endpoint, engine) as worker:

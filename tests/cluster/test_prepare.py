@@ -2,11 +2,23 @@ import json
 
 import pytest
 
-from treepo_async.cluster.prepare import choose_run_dir, make_run_dir, prepare_model, try_inputs
+from treepo_async.cluster.prepare import (
+    choose_run_dir,
+    make_run_dir,
+    prepare_model,
+    read_model_config,
+    try_inputs,
+)
 from treepo_async.config.command_line import load, parse
 from treepo_async.config.schema import Config
 from treepo_async.errors import ConfigError, DataError, TreepoError
 from treepo_async.tiny.tokenizer import save_tokenizer
+
+MODEL = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 384,
+    "max_position_embeddings": 512,
+}
 
 
 def model_at(path, tmp_path):
@@ -39,24 +51,27 @@ def test_a_model_that_cannot_be_downloaded_is_a_config_error(tmp_path, monkeypat
 
 def test_a_run_folder_is_made_with_the_resolved_config(tmp_path):
     config = Config(run_dir=str(tmp_path / "deep" / "run"), steps=7)
-    run_dir = choose_run_dir(config)
+    run_dir = choose_run_dir(config.run_dir)
     assert run_dir == tmp_path / "deep" / "run"
     assert not run_dir.exists()
-    make_run_dir(config, run_dir)
+    make_run_dir(run_dir, config, MODEL)
     assert (run_dir / "logs").is_dir()
-    assert load(run_dir / "config.yaml") == config
+    saved = load(run_dir / "config.yaml")
+    assert (saved.steps, saved.run_dir) == (7, str(run_dir))
+    assert saved.tree.max_response_tokens == saved.tree.segment_tokens * saved.tree.max_depth
+    assert saved.engine.context_length == MODEL["max_position_embeddings"]
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path):
-    make_run_dir(Config(), tmp_path)
+    make_run_dir(tmp_path, Config(), MODEL)
     before = (tmp_path / "config.yaml").read_text()
     with pytest.raises(ConfigError, match=r"run_dir=.* holds a run already.*another folder"):
-        choose_run_dir(Config(run_dir=str(tmp_path), steps=1))
+        choose_run_dir(str(tmp_path))
     assert (tmp_path / "config.yaml").read_text() == before
 
 
 def test_without_a_name_a_run_goes_below_runs():
-    assert choose_run_dir(Config()).parent.name == "runs"
+    assert choose_run_dir(None).parent.name == "runs"
 
 
 @pytest.fixture
@@ -65,20 +80,25 @@ def model_dir(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     save_tokenizer(folder, max_tokens=512)
-    sizes = {"vocab_size": 384, "max_position_embeddings": 512}
-    (folder / "config.json").write_text(json.dumps(sizes))
+    (folder / "config.json").write_text(json.dumps(MODEL))
     return folder
 
 
 def test_inputs_that_can_be_used_give_a_prompt(model_dir):
-    prompt = try_inputs(Config(), model_dir)
+    prompt = try_inputs(Config(), model_dir, MODEL)
     assert prompt.id == "tiny-train-0"
     assert len(prompt.token_ids) > 0
 
 
+def test_a_model_that_cannot_be_trained_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ConfigError, match=r"LlamaForCausalLM.*trained are Qwen2ForCausalLM"):
+        read_model_config(tmp_path)
+
+
 def test_a_folder_without_a_model_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"has no config\.json"):
-        try_inputs(Config(), tmp_path)
+        read_model_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -91,19 +111,21 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 )
 def test_inputs_that_cannot_be_used_are_named_before_anything_starts(words, named, model_dir):
     with pytest.raises(TreepoError, match=named):
-        try_inputs(parse(words), model_dir)
+        try_inputs(parse(words), model_dir, MODEL)
 
 
 def test_data_without_a_usable_prompt_says_why(model_dir, tmp_path):
     long = {"question": "x" * 2000, "answer": "1"}
     data = tmp_path / "long.jsonl"
     data.write_text("\n".join(json.dumps({**long, "number": i}) for i in range(3)))
-    with pytest.raises(DataError, match=r"none of the first 100 prompts can be used: long-.*tokens"):
-        try_inputs(parse([f"data={data}", "eval.every=0"]), model_dir)
+    with pytest.raises(
+        DataError, match=r"none of the first 100 prompts can be used: long-.*tokens"
+    ):
+        try_inputs(parse([f"data={data}", "eval.every=0"]), model_dir, MODEL)
 
 
 def test_evaluation_needs_a_held_out_problem(model_dir, tmp_path):
     data = tmp_path / "one.jsonl"
     data.write_text(json.dumps({"question": "1+1?", "answer": "2"}))
     with pytest.raises(DataError, match=r"no held-out problem; give data\.eval_path"):
-        try_inputs(parse([f"data={data}"]), model_dir)
+        try_inputs(parse([f"data={data}"]), model_dir, MODEL)

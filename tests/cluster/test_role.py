@@ -22,12 +22,11 @@ def spec(tmp_path):
     model_dir = tmp_path / "model"
     model_dir.mkdir()
     save_tokenizer(model_dir, max_tokens=512)
-    (model_dir / "config.json").write_text(
-        json.dumps({"vocab_size": 128, "max_position_embeddings": 512})
-    )
+    sizes = {"vocab_size": 128, "max_position_embeddings": 512}
+    (model_dir / "config.json").write_text(json.dumps(sizes))
     config = Config(run_dir=str(tmp_path / "run"))
     run_dir = tmp_path / "run"
-    make_run_dir(config, run_dir)
+    make_run_dir(run_dir, config, sizes)
     plan = make_plan(config, run_dir=run_dir, model_dir=model_dir)
     return next(role for role in plan.roles if role.module == "replay")
 

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+import treepo_async.cluster.narrate
 import treepo_async.cluster.supervise
+from treepo_async.cluster.narrate import Narrator
 from treepo_async.cluster.plan import Plan
 from treepo_async.cluster.role import RoleReport, RoleSpec
 from treepo_async.cluster.supervise import StoppedError, Supervisor, SupervisorRules
@@ -109,6 +111,7 @@ class Driver:
     ray: FakeRay
     lines: list
     records: list
+    logged: list
 
     @property
     def text(self):
@@ -126,12 +129,14 @@ def driver(tmp_path, *, rules=RULES, **scripts):
         RoleSpec(name, name[:-2], wiring, 1, max_restarts=1 if name == "actor-0" else 0)
         for name in roles
     )
-    ray, lines, records = FakeRay(roles), [], []
+    ray, lines, records, logged = FakeRay(roles), [], [], []
     cluster = SimpleNamespace(ray=ray, record=lambda: None)
     sink = SimpleNamespace(write=records.append, close=lambda: None)
     plan = Plan("run", tmp_path, tmp_path, specs)
-    supervisor = Supervisor(cluster, plan, rules, [sink], lines.append)
-    return Driver(supervisor, roles, ray, lines, records)
+    log = SimpleNamespace(write=logged.append, close=lambda: None)
+    narrator = Narrator(rules.num_steps, list(roles), [sink], log, lines.append)
+    supervisor = Supervisor(cluster, plan, rules, narrator)
+    return Driver(supervisor, roles, ray, lines, records, logged)
 
 
 def step(number):
@@ -165,8 +170,7 @@ def evaluation(number):
 
 def test_a_run_ends_with_the_learner_and_stops_every_role_the_engine_last(tmp_path):
     it = driver(tmp_path, learner=[says(READY), says(DONE, exit_code=0)])
-    assert it.supervisor.run() == 2
-    assert it.supervisor.model == "/run/model"
+    assert it.supervisor.run() == "/run/model"
     assert it.text == [f"ready {name} after 0 s" for name in it.roles]
     assert it.ray.order == ["learner-0", "replay-0", "actor-0", "engine-0"]
     assert {(role.num_starts, role.num_stops) for role in it.roles.values()} == {(1, 1)}
@@ -179,7 +183,7 @@ def test_a_step_is_written_with_the_weights_that_it_published(tmp_path):
         engine=[says(READY), says(), says(weights(1, 0.1)), says(weights(2, 0.2)), says()],
     )
     it.supervisor.run()
-    assert [(r["step"], r["weights/pause_s"]) for r in it.records] == [(0, 0.1), (1, 0.2)]
+    assert [(r["step"], r["weights/pause_s"]) for r in it.records] == [(1, 0.1), (2, 0.2)]
     assert [r["leases/trained"] for r in it.records] == [16, 16]
 
 
@@ -190,7 +194,7 @@ def test_weights_may_be_told_before_their_step_and_never_stand_with_another_one(
         engine=[says(READY), says(weights(1, 0.1)), says()],
     )
     it.supervisor.run()
-    assert [(r["step"], r["weights/pause_s"]) for r in it.records] == [(0, 0.1), (1, None)]
+    assert [(r["step"], r["weights/pause_s"]) for r in it.records] == [(1, 0.1), (2, None)]
 
 
 def test_trees_and_idleness_are_counted_into_the_step_they_came_before(tmp_path):
@@ -224,7 +228,7 @@ def test_alarms_and_evaluations_are_told_and_recorded(tmp_path):
 
 
 def test_a_long_wait_is_told_with_what_is_missing_and_who_still_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(treepo_async.cluster.supervise, "QUIET_S", 0.0)
+    monkeypatch.setattr(treepo_async.cluster.narrate, "QUIET_S", 0.0)
     waiting = {"event": "waiting", "wait": "batch of step 0", "missing": "0 of 16 trees are in"}
     it = driver(
         tmp_path,
@@ -251,9 +255,9 @@ def test_the_run_waits_for_the_last_evaluation_that_is_due(tmp_path, done, evalu
         rules=rules,
         learner=[says(READY), says({**DONE, "num_steps": done}, exit_code=0)],
         actor=[
-            says(READY, *([evaluation(evaluated)] if evaluated >= 0 else [])),
+            says(READY, *([{"event": "evaluated", "step": evaluated}] if evaluated >= 0 else [])),
             *[says()] * 20,
-            says(evaluation(4)),
+            says({"event": "evaluated", "step": 4}),
             says(),
         ],
     )
@@ -266,7 +270,7 @@ def test_an_evaluation_that_never_comes_is_waited_for_until_its_deadline(tmp_pat
         num_steps=2, eval_every=1, start_timeout_s=5, stop_timeout_s=1, eval_timeout_s=0.2
     )
     it = driver(tmp_path, rules=rules, learner=[says(READY), says(DONE, exit_code=0)])
-    assert it.supervisor.run() == 2
+    assert it.supervisor.run() == "/run/model"
 
 
 def test_an_actor_that_dies_is_started_again_and_the_run_goes_on(tmp_path):
@@ -343,5 +347,5 @@ def test_a_signal_stops_the_run_in_order_and_keeps_the_last_step(tmp_path):
     with pytest.raises(StoppedError):
         it.supervisor.run()
     assert "SIGINT: stopping; once more to stop at once" in it.text
-    assert [record["step"] for record in it.records] == [0]
+    assert [record["step"] for record in it.records] == [1]
     assert {role.num_stops for role in it.roles.values()} == {1}

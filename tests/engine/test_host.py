@@ -18,7 +18,7 @@ from tests.fakes import (
 from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.host import Host, HostRules
-from treepo_async.errors import EngineError
+from treepo_async.errors import EngineError, WeightsError
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.store import WeightStore
 
@@ -29,6 +29,7 @@ RULES = HostRules(
     update_timeout_s=2,
     eval_timeout_s=60,
     max_restarts=2,
+    max_staleness=8,
     gap_alarm=1e-4,
 )
 
@@ -228,7 +229,7 @@ async def test_weights_that_were_not_loaded_are_found_out_by_the_probe(tmp_path,
     assert [e["gap"] < 1e-9 for e in events if e["event"] == "weights"] == [True]
 
 
-@pytest.mark.parametrize("probe_level", [float("nan"), 1.0002])
+@pytest.mark.parametrize("probe_level", [float("nan"), 1.02])
 async def test_a_probe_that_never_fits_ends_the_host_after_its_restarts(
     tmp_path, base_dir, probe_level
 ):
@@ -240,6 +241,34 @@ async def test_a_probe_that_never_fits_ends_the_host_after_its_restarts(
         with pytest.raises(ExceptionGroup) as caught:
             it.task.result()
     assert caught.group_contains(EngineError, match="gave up after 2 restarts: applying 0.1")
+
+
+async def test_a_probe_that_differs_a_little_is_alarmed_and_applied(tmp_path, base_dir, capsys):
+    async with house(tmp_path, base_dir) as it:
+        publish_fake(it.store, FIRST, probe_level=1.0002)
+        await it.applied(FIRST)
+        assert len(it.server.starts) == 1
+    (alarm,) = [e for e in events_in(capsys.readouterr().out) if e["event"] == "alarm"]
+    assert alarm["alarm"] == "engine and learner differ on the probe"
+    assert alarm["gap"] == pytest.approx(2e-4)
+
+
+async def test_a_refused_publication_without_which_nobody_can_go_on_ends_the_host(
+    tmp_path, base_dir
+):
+    async with house(tmp_path, base_dir, max_staleness=0) as it:
+        folder = publish_fake(it.store, FIRST)
+        damage = bytearray((folder / "model.safetensors").read_bytes())
+        damage[-1] ^= 1
+        # written elsewhere and renamed, as the host may look at any time
+        (tmp_path / "damaged").write_bytes(damage)
+        (tmp_path / "damaged").rename(folder / "model.safetensors")
+        await until(lambda: it.task.done() or it.host.applied == FIRST)
+        if it.host.applied == FIRST:
+            pytest.skip("the host was faster than the damage")
+        with pytest.raises(ExceptionGroup) as caught:
+            it.task.result()
+    assert caught.group_contains(WeightsError, match="damaged")
 
 
 async def test_a_server_that_dies_is_started_again_with_the_weights_it_had(

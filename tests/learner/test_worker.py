@@ -119,7 +119,9 @@ async def learning(tmp_path, *, results=(), with_actor=True, prompt=numbered_pro
 @contextlib.asynccontextmanager
 async def acting(endpoint):
     async with Requester(endpoint, name="actor-0", owner="replay") as requester:
-        reward = RewardSettings(lambda response, _: float(len(response) % 2), 1.0, -1.0)
+        reward = RewardSettings(
+            lambda response, _: float(len(response) % 2), 1.0, -1.0, timeout_s=5.0
+        )
         actor = ActorWorker(
             "actor-0", ReplayClient(requester), ScriptedEngine(), ascii_settings(), reward, seed=0
         )

@@ -3,7 +3,7 @@ import pytest
 from treepo_async.metrics.console import alarm_line, eval_line, step_line
 
 RECORD = {
-    "step": 3,
+    "step": 4,
     "reward/mean": 0.1234,
     "accuracy/train": 0.5,
     "accuracy/sampled": 0.456,

@@ -51,8 +51,7 @@ def test_a_record_puts_the_roles_numbers_under_their_names():
     record = recorder.step(step(), WEIGHTS)
     assert begin <= record.pop("time") <= time.time()
     assert record == {
-        "step": 3,
-        "policy_step": 4,
+        "step": 4,
         **{name: float(i) for i, name in enumerate(STEP_NAMES)},
         "gap/probe_max": 1e-6,
         "weights/pause_s": 0.4,

@@ -138,7 +138,7 @@ async def serving(prompts, **changes):
     endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
     router = Router(endpoint, max_bytes=2**20)
     queue = Queue(QueueRules(**{**rules, **changes}))
-    server = ReplayServer(router, queue, MemorySpool(), prompts, RUN_ID, VOCAB_SIZE)
+    server = ReplayServer(router, queue, MemorySpool(), prompts, RUN_ID, VOCAB_SIZE, max_lost=8)
     task = asyncio.create_task(server.run())
     try:
         async with contextlib.AsyncExitStack() as peers:

@@ -20,7 +20,7 @@ from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.engine.client import EngineClient, SamplingSettings
 from treepo_async.engine.gate import GateClient
 from treepo_async.metrics.events import emit
-from treepo_async.process import run_role
+from treepo_async.metrics.role import run_role
 from treepo_async.scoring.boxed import boxed_end
 from treepo_async.scoring.registry import get_scorer
 from treepo_async.tree.growth import GrowthRules
@@ -61,7 +61,9 @@ async def main(wiring: Wiring) -> None:
         )
         emit("ready")
         reward = config.reward
-        scoring = RewardSettings(get_scorer(reward.scorer), reward.correct, reward.wrong)
+        scoring = RewardSettings(
+            get_scorer(reward.scorer), reward.correct, reward.wrong, reward.timeout_s
+        )
         worker = Worker(wiring.role, replay, engine, settings, scoring, config.seed)
         async with asyncio.TaskGroup() as tasks:
             if evaluates:

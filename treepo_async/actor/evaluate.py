@@ -58,11 +58,12 @@ class Evaluator:
             except (EngineError, DeadlineError, TimeoutError) as error:
                 emit("alarm", alarm="evaluation failed", version=str(version), detail=repr(error))
             await self._gate.evaluated(version)
+            emit("evaluated", step=version.step)
 
     async def _evaluate(self, version: PolicyVersion) -> None:
         begin = time.monotonic()
         sampled, greedy = await all_of(
-            self._accuracies(temperature, version.step)
+            self._accuracies(temperature, version)
             for temperature in (self._settings.sampling.temperature, 0.0)
         )
         emit(
@@ -75,20 +76,22 @@ class Evaluator:
             seconds=time.monotonic() - begin,
         )
 
-    async def _accuracies(self, temperature: float, step: int) -> list[float]:
+    async def _accuracies(self, temperature: float, version: PolicyVersion) -> list[float]:
         return await all_of(
-            self._accuracy(problem, temperature, step) for problem in self._problems
+            self._accuracy(problem, temperature, version) for problem in self._problems
         )
 
-    async def _accuracy(self, problem: Prompt, temperature: float, step: int) -> float:
+    async def _accuracy(self, problem: Prompt, temperature: float, version: PolicyVersion) -> float:
         growth, stops = self._settings.growth, self._settings.stops
         (completion,) = await self._engine.extend(
             problem.token_ids.tolist(),
             num_runs=1,
             max_new_tokens=growth.limit,
             sampling=replace(self._settings.sampling, temperature=temperature),
-            least_step=step,
+            least_step=version.step,
         )
+        if any(span.policy_version != version for span in completion.run.spans):
+            raise EngineError(f"policy {version} was replaced while it was evaluated")
         tokens = completion.run.token_ids.tolist()
         stop = find_stop(stops, [], tokens, start=0, segment_tokens=growth.segment_tokens)
         kept = len(tokens) if stop is None else stop[0]

@@ -1,7 +1,7 @@
 """The actor's loop: lease -> expand -> score -> put, for several prompts at once.
 
 Waits: for a lease (replay answers every few seconds, with the reason when there is none), for the engine (see
-`expand`), for the ack of a tree (replay; sent again until it comes). An actor owns nothing that is lost when it
+`expand`), for the scorer (`timeout_s`), for the ack of a tree (replay; sent again until it comes). An actor owns nothing that is lost when it
 dies: its leases expire and go to another.
 """
 
@@ -9,16 +9,19 @@ import asyncio
 import logging
 import random
 from dataclasses import dataclass, field
+from functools import partial
 
 from treepo_async.actor.expand import Engine, ExpandSettings, expand
 from treepo_async.actor.replay_client import ReplayClient, is_lost, prompt_of
 from treepo_async.actor.score import score_tree
+from treepo_async.engine.client import all_of
 from treepo_async.errors import DeadlineError, EngineError, RefusedError
 from treepo_async.scoring.registry import Scorer
 from treepo_async.types import Sampling, Tree
 from treepo_async.wire.messages import Leased
 
 BEAT_S = 5.0
+BACK_OFF_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,8 @@ class RewardSettings:
     scorer: Scorer
     correct: float
     wrong: float
+    timeout_s: float
+    """Of one tree; a thread that hangs beyond it is left behind."""
 
 
 @dataclass
@@ -46,14 +51,10 @@ class Worker:
 
     async def run(self, concurrent_trees: int) -> None:
         """Keep that many prompts growing until the leases end."""
-        beats = asyncio.create_task(self._beat(), name="beats")
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(concurrent_trees):
-                    group.create_task(self._work())
-        finally:
+        async with asyncio.TaskGroup() as group:
+            beats = group.create_task(self._beat(), name="beats")
+            await all_of(self._work() for _ in range(concurrent_trees))
             beats.cancel()
-            await asyncio.gather(beats, return_exceptions=True)
 
     async def _work(self) -> None:
         while (lease := await self.replay.lease()) is not None:
@@ -64,6 +65,8 @@ class Worker:
             except (EngineError, DeadlineError) as error:
                 log.warning("gave up lease %s: %s", lease.lease_id, error)
                 await self.replay.give_up(lease, type(error).__name__)
+                # an engine or a scorer in trouble must not use up prompt after prompt
+                await asyncio.sleep(BACK_OFF_S)
             except RefusedError as error:
                 if not is_lost(error):
                     raise
@@ -90,8 +93,7 @@ class Worker:
             width=rules.width,
             branching_factor=rules.branching_factor,
         )
-        # in a thread: a user's scorer may be slow, and other trees go on growing meanwhile
-        return await asyncio.to_thread(
+        score = partial(
             score_tree,
             prompt,
             segments,
@@ -102,6 +104,13 @@ class Worker:
             correct=self.reward.correct,
             wrong=self.reward.wrong,
         )
+        try:
+            # in a thread: a user's scorer may be slow, and other trees go on growing meanwhile
+            async with asyncio.timeout(self.reward.timeout_s):
+                return await asyncio.to_thread(score)
+        except TimeoutError as error:
+            wait = f"the scores of {prompt.id}"
+            raise DeadlineError(wait, "reward.scorer", self.reward.timeout_s) from error
 
     async def _beat(self) -> None:
         while True:

@@ -2,12 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from treepo_async.config.command_line import to_yaml
-from treepo_async.config.limits import prompt_limit
-from treepo_async.config.schema import Config
+from treepo_async.config.limits import ARCHITECTURES, context_length, prompt_limit, response_limit
+from treepo_async.config.schema import TINY, Config
 from treepo_async.data.source import PromptSource, open_source
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import ConfigError, DataError
@@ -15,7 +17,6 @@ from treepo_async.scoring.registry import get_scorer
 from treepo_async.tiny.cache import prepare
 from treepo_async.types import Prompt
 
-TINY = "tiny"
 MAX_TRIED = 100
 """Training prompts that are tried before the data counts as unusable."""
 
@@ -50,7 +51,7 @@ def prepare_model(
         ) from error
 
 
-def try_inputs(config: Config, model_dir: Path) -> Prompt:
+def try_inputs(config: Config, model_dir: Path, model: Mapping[str, Any]) -> Prompt:
     """Open data, tokenizer and scorer as the roles will, so that what is wrong is told before they start.
 
     Returns:
@@ -59,15 +60,12 @@ def try_inputs(config: Config, model_dir: Path) -> Prompt:
     Raises:
         ConfigError, DataError: naming the key, and what would do.
     """
-    config_file = model_dir / "config.json"
-    if not config_file.is_file():
-        raise ConfigError(f"model.path={config.model.path}: {model_dir} has no config.json")
     get_scorer(config.reward.scorer)
     source = open_source(
         config.data,
         tokenizer=TextTokenizer.load(model_dir),
         seed=config.seed,
-        max_prompt_tokens=prompt_limit(config, json.loads(config_file.read_text())),
+        max_prompt_tokens=prompt_limit(config, model),
     )
     if config.eval.every and not source.heldout(1):
         raise DataError(
@@ -87,13 +85,16 @@ def _first_usable(source: PromptSource) -> Prompt:
     raise DataError(f"none of the first {MAX_TRIED} prompts can be used: {reasons[0]}")
 
 
-def choose_run_dir(config: Config) -> Path:
+def choose_run_dir(wanted: str | None) -> Path:
     """The run's folder, not made yet.
+
+    Args:
+        wanted: the key `run_dir`; None names a folder by the time.
 
     Raises:
         ConfigError: it holds another run already.
     """
-    run_dir = Path(config.run_dir or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    run_dir = Path(wanted or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     if (run_dir / "config.yaml").exists():
         raise ConfigError(
             f"run_dir={run_dir} holds a run already, and runs cannot be resumed yet; name another folder"
@@ -101,7 +102,37 @@ def choose_run_dir(config: Config) -> Path:
     return run_dir
 
 
-def make_run_dir(config: Config, run_dir: Path) -> None:
-    """Make the run's folder and save the resolved config in it."""
+def make_run_dir(run_dir: Path, config: Config, model: Mapping[str, Any]) -> None:
+    """Make the run's folder and save the config in it, with what it left open filled in.
+
+    Args:
+        run_dir: new.
+        config: of the run.
+        model: the model's `config.json`.
+    """
+    resolved = replace(
+        config,
+        run_dir=str(run_dir),
+        tree=replace(config.tree, max_response_tokens=response_limit(config)),
+        engine=replace(config.engine, context_length=context_length(config, model)),
+    )
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / "config.yaml").write_text(to_yaml(resolved))
+
+
+def read_model_config(model_dir: Path) -> dict[str, Any]:
+    """A model's `config.json`.
+
+    Raises:
+        ConfigError: it is missing, or of an architecture that cannot be trained.
+    """
+    file = model_dir / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"model.path: {model_dir} has no config.json")
+    model: dict[str, Any] = json.loads(file.read_text())
+    found = model.get("architectures")
+    if not set(found or []) & set(ARCHITECTURES):
+        raise ConfigError(
+            f"model.path: {model_dir} is {found}; trained are {', '.join(ARCHITECTURES)}"
+        )
+    return model

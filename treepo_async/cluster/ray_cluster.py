@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from treepo_async.cluster import reaper
 from treepo_async.process import kill_recorded, record_family
 
+RECORD_S = 5.0
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing of ours goes through Ray's object store; this is the least it takes."""
 
@@ -20,14 +22,18 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass
 class RayCluster:
-    """A connected cluster. `record()` must be called after processes were started."""
+    """A connected cluster; call `record()` often while processes come and go."""
 
     ray: Any
     record_file: Path
     reaper_pid: int
+    _next_record: float = 0.0
 
     def record(self) -> None:
-        """Write down the pids of the run, for whoever must clean up after a killed driver."""
+        """Write down the pids of the run, now and then, for whoever must clean up after a killed driver."""
+        if time.monotonic() < self._next_record:
+            return
+        self._next_record = time.monotonic() + RECORD_S
         record_family(self.record_file, os.getpid(), without=self.reaper_pid)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from treepo_async.cluster.narrate import Narrator
 from treepo_async.cluster.plan import Plan
 from treepo_async.cluster.ray_cluster import ray_cluster
 from treepo_async.cluster.supervise import Supervisor, SupervisorRules
@@ -10,14 +11,15 @@ from treepo_async.config.schema import Config
 from treepo_async.metrics.sinks import JsonlSink, Sink, TensorBoardSink
 
 
-def run(config: Config, plan: Plan, *, say: Callable[[str], None]) -> str | None:
-    """Carry out a plan. Gives the folder of the trained model, None when no step was done.
+def run(config: Config, plan: Plan, *, say: Callable[[str], None]) -> str:
+    """Carry out a plan. Gives the folder of the trained model.
 
     Raises:
         RoleError: a role died for good.
         StoppedError: a signal ended the run.
     """
     sinks = _open_sinks(plan.run_dir, tensorboard=config.metrics.tensorboard)
+    events = JsonlSink(plan.run_dir / "events.jsonl")
     rules = SupervisorRules(
         num_steps=config.steps,
         eval_every=config.eval.every,
@@ -30,11 +32,12 @@ def run(config: Config, plan: Plan, *, say: Callable[[str], None]) -> str | None
         with ray_cluster(
             config.cluster.ray_address, cache_dir=cache_dir, num_roles=len(plan.roles)
         ) as cluster:
-            supervisor = Supervisor(cluster, plan, rules, sinks, say)
-            supervisor.run()
-            return supervisor.model
+            narrator = Narrator(
+                config.steps, [role.name for role in plan.roles], sinks, events, say
+            )
+            return Supervisor(cluster, plan, rules, narrator).run()
     finally:
-        for sink in sinks:
+        for sink in [*sinks, events]:
             sink.close()
 
 

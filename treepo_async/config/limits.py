@@ -1,10 +1,13 @@
-"""Token limits that follow from several knobs and the model."""
+"""Limits that follow from the model, or from several knobs and the model."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from treepo_async.config.schema import Config
 from treepo_async.errors import ConfigError
+
+ARCHITECTURES = ("Qwen2ForCausalLM",)
+"""Models that can be trained, as `architectures` in config.json names them; Qwen2 and Qwen2.5 share one."""
 
 SPARE_TOKENS = 2
 """SGLang returns two tokens fewer than asked for when prompt and response fill the context exactly."""

@@ -31,11 +31,15 @@ def knobs(section: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
             yield prefix + entry.name, entry
 
 
+TINY = "tiny"
+"""Names the built-in model, and the built-in task."""
+
+
 @dataclass
 class ModelConfig:
     """The model that is trained."""
 
-    path: str = knob("tiny", "'tiny' (built and cached here), a Hugging Face folder, or a hub id")
+    path: str = knob(TINY, "'tiny' (built and cached here), a Hugging Face folder, or a hub id")
     dtype: str = knob("float32", "of the engine and the learner", choices=("float32",))
 
 
@@ -43,7 +47,7 @@ class ModelConfig:
 class DataConfig:
     """Where prompts come from."""
 
-    path: str = knob("tiny", "'tiny', a .jsonl or .parquet file, or a Hugging Face dataset id")
+    path: str = knob(TINY, "'tiny', a .jsonl or .parquet file, or a Hugging Face dataset id")
     eval_path: str | None = knob(
         None, "held-out problems; default: a fixed part of data.path that is never trained"
     )
@@ -104,6 +108,7 @@ class RewardConfig:
     scorer: str = knob(
         "exact", "exact, or package.module:function taking (response, answer), giving 0..1"
     )
+    timeout_s: float = knob(30.0, "scoring one tree; beyond it the prompt is tried again", above=0)
     correct: float = knob(1.0, "reward of accuracy 1")
     wrong: float = knob(-1.0, "reward of accuracy 0")
 
@@ -121,7 +126,7 @@ class EngineConfig:
         "default: data.max_prompt_tokens + the response limit, at most the model's",
         at_least=1,
     )
-    start_timeout_s: float = knob(300.0, "from process start to healthy", above=0)
+    start_timeout_s: float = knob(200.0, "from process start to healthy", above=0)
     request_timeout_s: float = knob(120.0, "one generate request", above=0)
     drain_timeout_s: float = knob(
         60.0,
@@ -153,8 +158,8 @@ class ReplayConfig:
     )
     lease_timeout_s: float = knob(
         60.0,
-        "without a heartbeat of its actor a lease is given to another",
-        above=0,
+        "without a heartbeat of its actor (every 5 s) a lease is given to another",
+        at_least=15,
     )
     max_attempts: int = knob(3, "leases of a prompt before it is quarantined", at_least=1)
     drop_degenerate: bool = knob(
@@ -162,8 +167,13 @@ class ReplayConfig:
     )
     max_refills: int = knob(
         64,
-        "replacements for one batch; beyond it such trees are trained as they are",
+        "degenerate trees replaced between two batches; beyond it they are trained as they are",
         at_least=0,
+    )
+    max_lost: int = knob(
+        64,
+        "prompts in a row that were quarantined or could not be scored; then the run ends",
+        at_least=1,
     )
     max_tree_bytes: int = knob(64 * 2**20, "larger trees are refused", at_least=1)
 
@@ -183,8 +193,10 @@ class LearnerConfig:
         "treepo", "advantage: treepo (mean over ancestor groups)", choices=("treepo",)
     )
     whiten: bool = knob(True, "advantages to mean 0 and variance 1 over the tokens of the batch")
-    clip_low: float = knob(0.2, "PPO clip range, 1 - clip_low")
-    clip_high: float = knob(0.28, "PPO clip range, 1 + clip_high", at_least=0)
+    clip_low: float = knob(
+        0.2, "PPO clip range, 1 - clip_low; acts only with several updates a batch, here is one"
+    )
+    clip_high: float = knob(0.28, "PPO clip range, 1 + clip_high; see clip_low", at_least=0)
     correction: str = knob(
         "truncated",
         "importance weight for stale tokens: truncated, none",

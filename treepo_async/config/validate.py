@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from treepo_async.config.layout import Layout
-from treepo_async.config.schema import Config, knobs
+from treepo_async.config.schema import TINY, Config, knobs
 from treepo_async.errors import ConfigError
 
 
@@ -51,9 +51,21 @@ def _check_combinations(config: Config) -> Iterator[str]:
             yield f"learner.{name}={getattr(learner, name)} must be at least 0 and below 1"
     if config.reward.correct <= config.reward.wrong:
         yield f"reward.correct={config.reward.correct} must be above reward.wrong={config.reward.wrong}"
-    if config.data.path == "tiny" and config.model.path != "tiny":
+    if config.data.path == TINY and config.model.path != TINY:
         yield f"data=tiny is the built-in task of model=tiny; give model={config.model.path} its own data=FILE"
+    yield from _check_deadlines(config)
     yield from _check_layout(learner.layout)
+
+
+def _check_deadlines(config: Config) -> Iterator[str]:
+    """A wait that contains another one must be the longer one."""
+    for inner, outer in (
+        ("engine.start_timeout_s", "cluster.start_timeout_s"),
+        ("eval.timeout_s", "learner.batch_timeout_s"),
+    ):
+        waits = attrgetter(inner)(config), attrgetter(outer)(config)
+        if waits[0] > waits[1]:
+            yield f"{inner}={waits[0]:g} must not be above {outer}={waits[1]:g}, which waits for it"
 
 
 def _check_layout(text: str) -> Iterator[str]:

@@ -13,15 +13,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from treepo_async.config.schema import DataConfig
+from treepo_async.config.schema import TINY, DataConfig
 from treepo_async.data.records import Record, Records, read_records
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import DataError
 from treepo_async.tiny import task
 from treepo_async.types import Prompt
 
-TINY = "tiny"
-"""The name of the built-in task."""
 HELDOUT_ONE_IN = 20
 
 _HELDOUT_SEED = 0

@@ -15,7 +15,7 @@ from treepo_async.config.wiring import Wiring
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.host import Host, HostRules
 from treepo_async.engine.server import Server, ServerOptions
-from treepo_async.process import run_role
+from treepo_async.metrics.role import run_role
 from treepo_async.weights.store import WeightStore
 
 
@@ -60,6 +60,7 @@ def _host_rules(config: Config) -> HostRules:
         update_timeout_s=config.engine.update_timeout_s,
         eval_timeout_s=config.eval.timeout_s,
         max_restarts=config.engine.max_restarts,
+        max_staleness=config.replay.max_staleness,
         gap_alarm=config.metrics.gap_alarm,
     )
 

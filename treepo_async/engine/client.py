@@ -2,7 +2,8 @@
 
 Every request is a single completion with its own id of fixed length (SGLang aborts by prefix of the id) and with
 the policy version in its cache namespace, so that no request reads KV entries of other weights. Waits: for the
-gate (see `gate`) and for each answer (`request_timeout_s`; SGLang answers, or its host restarts it).
+gate (see `gate`) and for each answer (`request_timeout_s`; SGLang ends it, and a request that outlived it is tried
+again).
 """
 
 import asyncio

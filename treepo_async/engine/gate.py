@@ -36,11 +36,15 @@ class GateClient:
         self._gate = Gate(epoch=-1, is_open=False)
         self._num_in_flight = 0
         self._changed = asyncio.Event()
+        self._last_to_evaluate: PolicyVersion | None = None
+        self._beats: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "GateClient":
         await self._host.__aenter__()
-        self._tasks = [asyncio.create_task(self._beat(), name="gate beat")]
+        self._beats = asyncio.create_task(self._beat(), name="gate beat")
+        self._beats.add_done_callback(lambda _: self._changed.set())
+        self._tasks = [self._beats]
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -76,6 +80,9 @@ class GateClient:
         try:
             async with asyncio.timeout(self._timeout_s):
                 while not (self._gate.is_open and self._gate.step >= least_step):
+                    if self._beats is not None and self._beats.done():
+                        # without beats this client counts for nothing: whoever waits here must hear why
+                        self._beats.result()
                     self._changed.clear()
                     await self._changed.wait()
         except TimeoutError as error:
@@ -86,13 +93,19 @@ class GateClient:
         return PolicyVersion(self._gate.lineage, self._gate.step)
 
     def _see(self, gate: Gate) -> None:
-        if gate.epoch <= self._gate.epoch:
-            return
-        self._gate = gate
-        self._changed.set()
-        if gate.is_open and gate.evaluate and self._join.evaluates:
-            self.to_evaluate.put_nowait(self._version())
+        if gate.epoch > self._gate.epoch:
+            self._gate = gate
+            self._changed.set()
+            self._see_evaluation()
+        # also for a gate that is known: an earlier report may have been lost
         self._report_if_drained()
+
+    def _see_evaluation(self) -> None:
+        """Pass on a version to be evaluated, once: an engine that restarts opens its gate anew."""
+        wanted = self._gate.is_open and self._gate.evaluate and self._join.evaluates
+        if wanted and self._version() != self._last_to_evaluate:
+            self._last_to_evaluate = self._version()
+            self.to_evaluate.put_nowait(self._version())
 
     def _report_if_drained(self) -> None:
         if not self._gate.is_open and self._num_in_flight == 0 and self._gate.epoch >= 0:

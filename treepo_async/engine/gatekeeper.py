@@ -11,7 +11,17 @@ from dataclasses import dataclass
 
 from treepo_async.errors import WireError
 from treepo_async.types import PolicyVersion
-from treepo_async.wire.messages import AnyMessage, Drained, Evaluated, Gate, Join, Nack, decode
+from treepo_async.wire.messages import (
+    AnyMessage,
+    Drained,
+    Evaluated,
+    Gate,
+    Join,
+    Nack,
+    decode,
+    numbered,
+    without_evaluation,
+)
 from treepo_async.wire.sockets import Router
 
 SILENT_S = 5.0
@@ -110,20 +120,11 @@ class GateKeeper:
             if client is None:
                 client = self._clients[peer] = _Client(message.name, message.evaluates, 0.0)
             client.last_seen = time.monotonic()
-            await self._router.send(peer, _answer(self._gate, message.request))
+            await self._router.send(peer, numbered(self._gate, message.request))
         elif isinstance(message, Drained) and client is not None:
             client.drained_epoch = max(client.drained_epoch, message.epoch)
             self._changed.set()
         elif isinstance(message, Evaluated) and message.step == self._gate.step:
             self._hold_until = 0.0
-
-
-def _answer(gate: Gate, request: int) -> Gate:
-    return Gate(
-        request=request,
-        epoch=gate.epoch,
-        is_open=gate.is_open,
-        lineage=gate.lineage,
-        step=gate.step,
-        evaluate=gate.evaluate,
-    )
+            # a client that joins from now on must not evaluate what is no longer held
+            self._gate = without_evaluation(self._gate)

@@ -3,9 +3,10 @@
     publication -> verify manifest -> close gate -> drained -> flush -> load -> probe -> open gate
 
 Waits, each with a deadline: for the server to start (`start_timeout_s`), for clients to drain (`drain_timeout_s`;
-what still runs then is aborted), for the load and the probe (`update_timeout_s`), for an evaluation
-(`eval_timeout_s`). A publication that fails its checks never reaches the server; a server that dies, or that
-answers the probe wrongly, is started again from the last folder that passed, and the publication is tried again.
+what still runs then is aborted), for flush, load and probe (`update_timeout_s` each), for an evaluation
+(`eval_timeout_s`). A publication that fails its checks never reaches the server; without a good one inside the
+staleness bound nobody could go on, so the host then ends with the reason. A server that dies, or that answers the
+probe as other weights would, is started again from the last folder that passed, and the publication is tried again.
 """
 
 import asyncio
@@ -15,7 +16,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import aiohttp
 import numpy as np
 
 from treepo_async.engine.gatekeeper import GateKeeper
@@ -23,7 +23,7 @@ from treepo_async.engine.server import Server
 from treepo_async.errors import EngineError, WeightsError
 from treepo_async.metrics.events import emit
 from treepo_async.types import PolicyVersion
-from treepo_async.weights.manifest import Manifest, Probe, model_tensors, verify
+from treepo_async.weights.manifest import Manifest, Probe, published_tensors, verify
 from treepo_async.weights.store import WeightStore
 
 LOOK_S = 0.05
@@ -33,6 +33,9 @@ SAMPLE_S = 0.25
 SAMPLES_PER_EVENT = 4
 
 BASE_VERSION = PolicyVersion(0, 0)
+
+REFUSE_FACTOR = 100
+"""A probe that differs by this many times `gap_alarm` was not answered by the published weights."""
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +49,9 @@ class HostRules:
     update_timeout_s: float
     eval_timeout_s: float
     max_restarts: int
+    max_staleness: int
     gap_alarm: float
-    """Largest probe difference that passes, in nats."""
+    """Largest probe difference that passes without an alarm, in nats."""
 
 
 @dataclass
@@ -64,17 +68,21 @@ class Host:
     """Whether version 0.0 is evaluated."""
     applied: PolicyVersion = BASE_VERSION
     refused: set[PolicyVersion] = field(default_factory=set)
+    _checksum: str = ""
+    """Of the applied weights, as the server loaded them."""
     _num_restarts: int = 0
 
     async def run(self) -> None:
         """Start the server and keep it and its weights current, for ever.
 
         Raises:
-            EngineError: the server died more than `max_restarts` times.
+            EngineError: the server did not start, or died or failed more than `max_restarts` times.
+            WeightsError: no publication inside the staleness bound can be used.
         """
         start_s = await self.server.start(
             self.base_dir, str(self.applied), timeout_s=self.rules.start_timeout_s
         )
+        self._checksum = await self.server.checksum(timeout_s=self.rules.update_timeout_s)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.keeper.serve(), name="gate")
             await self._open(evaluate=self.evaluate_first)
@@ -83,37 +91,44 @@ class Host:
             tasks.create_task(self._follow_store(), name="weights")
 
     async def _follow_store(self) -> None:
-        expected = model_tensors(self.base_dir)
+        expected = published_tensors(self.base_dir)
         while True:
             await asyncio.sleep(LOOK_S)
             if not self.server.is_alive():
                 await self._restart("SGLang died\n" + self.server.log_tail())
-            version = self.store.next_after(max([self.applied, *self.refused]))
-            if version is None or self.keeper.is_held():
+            if self.keeper.is_held():
+                continue
+            version = self.store.next_after(self.applied, without=self.refused)
+            if version is None:
                 continue
             try:
                 manifest = await asyncio.to_thread(verify, self.store.path(version), expected)
             except WeightsError as error:
-                self.refused.add(version)
-                emit("alarm", alarm="publication refused", version=str(version), detail=str(error))
+                self._refuse(version, error)
                 continue
             await self._apply(version, manifest)
+
+    def _refuse(self, version: PolicyVersion, error: WeightsError) -> None:
+        """Pass over a publication, unless no tree could be grown for the learner without it."""
+        self.refused.add(version)
+        emit("alarm", alarm="publication refused", version=str(version), detail=str(error))
+        if self.applied.step < version.step - self.rules.max_staleness:
+            raise error
 
     async def _apply(self, version: PolicyVersion, manifest: Manifest) -> None:
         """Change the weights between two requests, and prove it."""
         begin = time.monotonic()
         await self.keeper.close()
-        if not await self.keeper.drained(timeout_s=self.rules.drain_timeout_s):
-            emit("alarm", alarm="drain timed out, running requests aborted", version=str(version))
-            await self.server.post("/abort_request", {"rid": "", "abort_all": True}, timeout_s=10)
-        drained = time.monotonic()
         try:
+            await self._drain(version)
+            drained = time.monotonic()
             await self.server.flush_cache(timeout_s=self.rules.update_timeout_s)
             await self.server.load_weights(
                 self.store.path(version), str(version), timeout_s=self.rules.update_timeout_s
             )
             loaded = time.monotonic()
-            gap = await self._proven_gap(manifest.probe)
+            gap = await self._proven_gap(version, manifest.probe)
+            self._checksum = await self.server.checksum(timeout_s=self.rules.update_timeout_s)
         except EngineError as error:
             await self._restart(f"applying {version} failed: {error}")
             return
@@ -131,32 +146,58 @@ class Host:
             gap=gap,
         )
 
-    async def _proven_gap(self, probe: Probe) -> float:
+    async def _drain(self, version: PolicyVersion) -> None:
+        if await self.keeper.drained(timeout_s=self.rules.drain_timeout_s):
+            return
+        emit("alarm", alarm="drain timed out, running requests aborted", version=str(version))
+        await self.server.post("/abort_request", {"rid": "", "abort_all": True}, timeout_s=10)
+
+    async def _proven_gap(self, version: PolicyVersion, probe: Probe) -> float:
         """Largest difference between the engine's and the learner's log-probs of the probe, in nats.
 
         Raises:
-            EngineError: it is above `gap_alarm` or no number.
+            EngineError: it is too large to be rounding, or no number.
         """
         found = await self.server.score(probe.token_ids, timeout_s=self.rules.update_timeout_s)
         engine = np.array([x for logprobs in found for x in logprobs], dtype=np.float64)
         learner = np.array([x for logprobs in probe.logprobs for x in logprobs])
         gap = float(np.abs(engine - learner).max()) if len(engine) == len(learner) else math.inf
+        limit = self.rules.gap_alarm * REFUSE_FACTOR
         # written so that NaN is above everything
-        if not gap <= self.rules.gap_alarm:
-            raise EngineError(f"the probe differs by {gap:.3g} nats, allowed: metrics.gap_alarm")
+        if not gap <= limit:
+            raise EngineError(f"the probe differs by {gap:.3g} nats, more than {limit:.3g}")
+        if gap > self.rules.gap_alarm:
+            emit(
+                "alarm",
+                alarm="engine and learner differ on the probe",
+                version=str(version),
+                gap=gap,
+            )
         return gap
 
     async def _restart(self, cause: str) -> None:
         """Start the server again with the last weights that passed, behind a closed gate."""
-        self._num_restarts += 1
-        if self._num_restarts > self.rules.max_restarts:
-            raise EngineError(f"gave up after {self.rules.max_restarts} restarts: {cause}")
-        emit("alarm", alarm="engine restarted", version=str(self.applied), detail=cause)
+        evaluate = self.keeper.is_held()
         await self.keeper.close()
+        while True:
+            self._num_restarts += 1
+            if self._num_restarts > self.rules.max_restarts:
+                raise EngineError(f"gave up after {self.rules.max_restarts} restarts: {cause}")
+            emit("alarm", alarm="engine restarted", version=str(self.applied), detail=cause)
+            try:
+                await self._start_again()
+                break
+            except EngineError as error:
+                cause = str(error)
+        await self._open(evaluate=evaluate)
+
+    async def _start_again(self) -> None:
         await self.server.stop()
         folder = self.store.path(self.applied) if self.applied.step else self.base_dir
         await self.server.start(folder, str(self.applied), timeout_s=self.rules.start_timeout_s)
-        await self._open(evaluate=False)
+        checksum = await self.server.checksum(timeout_s=self.rules.update_timeout_s)
+        if checksum != self._checksum:
+            raise EngineError(f"{folder} gave other weights than before ({checksum})")
 
     async def _open(self, *, evaluate: bool) -> None:
         await self.keeper.open(self.applied, evaluate=evaluate, hold_s=self.rules.eval_timeout_s)
@@ -164,11 +205,11 @@ class Host:
     async def _sample_idleness(self) -> None:
         """Tell the driver, once a second, in how many samples the server had nothing to do."""
         while True:
-            num_idle = 0
+            answers = []
             for _ in range(SAMPLES_PER_EVENT):
                 await asyncio.sleep(SAMPLE_S)
                 try:
-                    num_idle += await self.server.is_idle()
-                except (aiohttp.ClientError, TimeoutError):
-                    log.warning("no load report from SGLang")
-            emit("engine", num_samples=SAMPLES_PER_EVENT, num_idle=num_idle)
+                    answers.append(await self.server.is_idle())
+                except EngineError as error:
+                    log.warning("no load report: %s", error)
+            emit("engine", num_samples=len(answers), num_idle=sum(answers))

@@ -42,7 +42,7 @@ def command(
     """The server's command line.
 
     `lpm` groups requests by cached prefix, which the default policy does not; without `sleep-on-idle` an idle
-    scheduler keeps a core busy; warm-up is left out because the host sends its own first request.
+    scheduler keeps a core busy; warm-up is left out because the first tree serves as well.
     """
     flags = {
         "--model-path": str(model_dir),
@@ -179,11 +179,13 @@ class Server:
 
     async def is_idle(self) -> bool:
         """Whether no request runs or waits, from SGLang's own counters (fresh within 0.1 s, 1.4 ms a call)."""
-        timeout = aiohttp.ClientTimeout(total=2.0)
-        async with self._session.get(
-            f"{self.url}/v1/loads?include=core", timeout=timeout
-        ) as answer:
-            loads = (await answer.json())["loads"]
+        url, timeout = f"{self.url}/v1/loads?include=core", aiohttp.ClientTimeout(total=2.0)
+        try:
+            async with self._session.get(url, timeout=timeout) as answer:
+                answer.raise_for_status()
+                loads = (await answer.json())["loads"]
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineError(f"SGLang /v1/loads: {error!r}") from error
         return all(load["num_running_reqs"] + load["num_waiting_reqs"] == 0 for load in loads)
 
     async def _is_ready(self) -> bool:

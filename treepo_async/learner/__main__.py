@@ -1,10 +1,10 @@
 """`python -m treepo_async.learner WIRING`: the learner as a process."""
 
+import json
 import shutil
-import signal
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -12,12 +12,14 @@ from treepo_async.config.command_line import load
 from treepo_async.config.layout import Layout
 from treepo_async.config.schema import Config
 from treepo_async.config.wiring import Wiring
+from treepo_async.errors import DataError
 from treepo_async.learner.groups import close_groups, open_groups
 from treepo_async.learner.objective import LossSettings
 from treepo_async.learner.optimizer import OptimizerSettings
 from treepo_async.learner.step import build_learner
 from treepo_async.learner.worker import Worker, WorkerRules
 from treepo_async.metrics.events import emit
+from treepo_async.metrics.role import run_blocking_role
 from treepo_async.process import free_ports
 from treepo_async.weights.store import WeightStore
 from treepo_async.wire.messages import Hello
@@ -44,6 +46,12 @@ def main(wiring: Wiring) -> None:
         replay.ask(hello, timeout_s=config.cluster.start_timeout_s, wait="replay to come up")
         emit("ready")
         num_steps = worker.run()
+        if num_steps == 0:
+            raise DataError(
+                "the data ended before one batch was full; lower replay.prompts_per_batch"
+            )
+        if num_steps < config.steps:
+            emit("alarm", alarm="the data has ended", steps=num_steps, wanted=config.steps)
         folder = _save_model(wiring, num_steps)
         emit("done", num_steps=num_steps, model=str(folder))
     finally:
@@ -89,25 +97,21 @@ def _worker(config: Config, wiring: Wiring, replay: BlockingRequester) -> Worker
     )
 
 
-def _save_model(wiring: Wiring, num_steps: int) -> Path | None:
+def _save_model(wiring: Wiring, num_steps: int) -> Path:
     """The last publication with the tokenizer beside it: a Hugging Face folder."""
-    if num_steps == 0:
-        return None
     folder = Path(wiring.run_dir) / "model"
     folder.mkdir(exist_ok=True)
     for pattern in COPIED:
         for file in Path(wiring.model_dir).glob(pattern):
-            shutil.copy(file, folder)
+            if not file.name.endswith(".safetensors.index.json"):
+                shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     weights = wiring.weights_dir / f"0.{num_steps}" / "model.safetensors"
     shutil.copyfile(weights, folder / weights.name)
     return folder
 
 
-def _end(*_: Any) -> None:
-    raise SystemExit(0)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _end)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    main(Wiring.parse(sys.argv[1]))
+    run_blocking_role(partial(main, Wiring.parse(sys.argv[1])))

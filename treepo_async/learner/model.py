@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from treepo_async.config.limits import ARCHITECTURES
 from treepo_async.errors import ConfigError
 from treepo_async.learner.attention import PackedGPTModel, TreeAttention
 from treepo_async.learner.groups import device
@@ -26,9 +27,6 @@ from treepo_async.learner.mcore import (
     get_num_layers_to_build,
     parallel_state,
 )
-
-ARCHITECTURES = ("Qwen2ForCausalLM",)
-"""Supported values of `architectures` in config.json; Qwen2 and Qwen2.5 share one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ def step_line(record: Record, num_steps: int) -> str:
     width = len(str(num_steps))
     return "  ".join(
         [
-            f"step {record['step'] + 1:>{width}}/{num_steps}",
+            f"step {record['step']:>{width}}/{num_steps}",
             f"reward {_number(record['reward/mean'], '+.3f')}",
             f"acc {_number(record['accuracy/train'], '.2f')} (all {_number(record['accuracy/sampled'], '.2f')})",
             f"stale {_number(record['staleness/mean'], '.2f')} max {record['staleness/max']}",

@@ -82,7 +82,7 @@ class Recorder:
             event: the learner's `step`.
             weights: the engine's `weights` for the version that the step published, if it came.
         """
-        record = {"step": event["step"], "time": time.time(), "policy_step": event["policy_step"]}
+        record = {"step": event["policy_step"], "time": time.time()}
         record |= {name: event[field] for name, field in STEP_NAMES.items()}
         record |= {name: (weights or {}).get(field) for name, field in WEIGHTS_NAMES.items()}
         record |= self._sampling()

@@ -12,7 +12,7 @@ from treepo_async.config.wiring import Wiring
 from treepo_async.data.source import open_source
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.metrics.events import emit
-from treepo_async.process import run_role
+from treepo_async.metrics.role import run_role
 from treepo_async.replay.queue import Queue, QueueRules
 from treepo_async.replay.server import ReplayServer
 from treepo_async.replay.spool import MemorySpool
@@ -37,6 +37,7 @@ async def main(wiring: Wiring) -> None:
         prompt=source.prompt,
         run_id=wiring.run_id,
         vocab_size=model["vocab_size"],
+        max_lost=config.replay.max_lost,
     )
     if source.num_skipped:
         emit("alarm", alarm="records skipped", number=source.num_skipped, first=source.skipped[0])

@@ -82,6 +82,8 @@ class Queue:
     """Batches by step, from consumption to publication."""
     _num_consumed: int = 0
     _refills: int = 0
+    num_lost: int = 0
+    """Prompts in a row that ended without a scored tree."""
     _next_index: int = 0
 
     # ---------------------------------------------------------------- leases
@@ -170,7 +172,9 @@ class Queue:
                 "stale", f"policy step {oldest_step}, lease {lease_id} needs {least}", retry=False
             )
         if not is_scored:
+            self.num_lost += 1
             return self._end(entry, State.DROPPED, "reward_error")
+        self.num_lost = 0
         if not has_spread and self.rules.drop_degenerate and self._refills < self.rules.max_refills:
             self._refills += 1
             return self._end(entry, State.DROPPED, "degenerate")
@@ -267,6 +271,7 @@ class Queue:
     def _take_back(self, entry: Entry, reason: str) -> None:
         self.reasons[reason] += 1
         if entry.attempt >= self.rules.max_attempts:
+            self.num_lost += 1
             self._end(entry, State.QUARANTINED, "too_many_attempts")
         else:
             entry.state = State.WAITING

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from treepo_async.data.source import EndOfData
-from treepo_async.errors import DataError, RefusedError, WireError
+from treepo_async.errors import DataError, RefusedError, TreepoError, WireError
 from treepo_async.metrics.events import emit
-from treepo_async.replay.queue import Entry, Queue
+from treepo_async.replay.queue import Entry, Queue, State
 from treepo_async.replay.spool import Spool
 from treepo_async.tree.advantage import has_spread
 from treepo_async.types import Prompt, Tree
@@ -71,6 +71,8 @@ class ReplayServer:
     """The training prompt of an index; raises EndOfData, or DataError for one that cannot be used."""
     run_id: str
     vocab_size: int
+    max_lost: int
+    """Prompts lost in a row that end the run."""
     _waiting: dict[tuple[bytes, int], _Waiting] = field(default_factory=dict)
     _granted: dict[tuple[bytes, int], Leased] = field(default_factory=dict)
     """Leases that are out, by the request they answered: a request sent twice must not take two."""
@@ -91,6 +93,7 @@ class ReplayServer:
             await asyncio.sleep(TICK_S)
             for entry in self.queue.expire(time.monotonic()):
                 emit("alarm", alarm="lease expired", lease=entry.lease_id, state=str(entry.state))
+                self._check_lost(entry.lease_id, "lease_expired")
             self._granted = {
                 key: lease
                 for key, lease in self._granted.items()
@@ -131,6 +134,7 @@ class ReplayServer:
                 return Ack(request=message.request, note=self._put(message, attachment))
             case GiveUp():
                 self.queue.give_up(message.lease_id, message.attempt, message.reason)
+                self._check_lost(message.lease_id, message.reason)
             case Published():
                 self.queue.publish(message.step, message.consumed_step)
             case Retired():
@@ -168,9 +172,22 @@ class ReplayServer:
         if outcome == "accepted":
             self.spool.append(message.lease_id, attachment)
         if outcome == "reward_error":
-            emit("alarm", alarm="no leaf could be scored", prompt=tree.prompt.id)
-        _report(tree, outcome)
+            self._check_lost(message.lease_id, outcome)
+        if outcome != "duplicate":
+            _report(tree, outcome)
         return outcome
+
+    def _check_lost(self, lease_id: str, reason: str) -> None:
+        """Alarm a prompt that is lost; end the run when nothing else happens any more."""
+        entry = self.queue.entries.get(lease_id)
+        if entry is None or entry.state not in (State.QUARANTINED, State.DROPPED):
+            return
+        if self.queue.num_lost:
+            emit("alarm", alarm="prompt lost", lease=lease_id, reason=reason)
+        if self.queue.num_lost >= self.max_lost:
+            raise TreepoError(
+                f"{self.queue.num_lost} prompts in a row were lost, the last by {reason}; see the actors' logs"
+            )
 
     def _check_claims(self, message: PutTree, tree: Tree) -> None:
         """What a tree says of itself must fit its lease and what has been published."""

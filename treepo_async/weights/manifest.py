@@ -16,6 +16,9 @@ from treepo_async.errors import WeightsError
 
 WEIGHTS_FILE = "model.safetensors"
 MANIFEST_FILE = "manifest.json"
+PUBLISHED_DTYPE = "F32"
+TIED_HEAD = "lm_head.weight"
+"""Not published where it is the embedding; some checkpoints store it all the same."""
 
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -98,6 +101,23 @@ def model_tensors(model_dir: Path) -> dict[str, TensorInfo]:
     if not files:
         raise WeightsError(f"{model_dir} has no .safetensors file")
     return {name: info for file in files for name, info in read_tensors(file).items()}
+
+
+def published_tensors(model_dir: Path) -> dict[str, TensorInfo]:
+    """What a publication of a model holds: its tensors in float32, a tied head left out.
+
+    Raises:
+        WeightsError: the folder is no Hugging Face model.
+    """
+    try:
+        is_tied = json.loads((model_dir / "config.json").read_text()).get("tie_word_embeddings")
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{model_dir}: config.json cannot be read: {error}") from error
+    return {
+        name: TensorInfo(PUBLISHED_DTYPE, info.shape)
+        for name, info in model_tensors(model_dir).items()
+        if not (is_tied and name == TIED_HEAD)
+    }
 
 
 def hash_tensors(file: Path) -> dict[str, str]:

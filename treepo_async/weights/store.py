@@ -4,7 +4,7 @@ A publication appears by one rename and goes by one, so a folder that is listed 
 """
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,12 +89,14 @@ class WeightStore:
         names = (entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
         return sorted(PolicyVersion.parse(name) for name in names)
 
-    def next_after(self, applied: PolicyVersion) -> PolicyVersion | None:
-        """The version to apply next: the newest one, but none to be evaluated is passed over.
+    def next_after(
+        self, applied: PolicyVersion, *, without: Collection[PolicyVersion] = ()
+    ) -> PolicyVersion | None:
+        """The version to apply next: the newest one not in `without`, but none to be evaluated is passed over.
 
         Nor is one without a readable manifest: `verify` refuses it by name.
         """
-        newer = [version for version in self.versions() if version > applied]
+        newer = [v for v in self.versions() if v > applied and v not in without]
         for version in newer:
             if self._must_be_seen(version):
                 return version

@@ -5,6 +5,8 @@ Frames on a socket: `[message, *attachment]`, the attachment being trees as `cod
 idempotent: a peer that got no answer sends the same request again.
 """
 
+from typing import TypeVar
+
 import msgspec
 
 from treepo_async.errors import WireError
@@ -160,8 +162,20 @@ AnyMessage = (
     | AskBatch | Batch | NoBatch | Published | Retired | Join | Gate | Drained | Evaluated
 )  # fmt: skip
 
+M = TypeVar("M", bound=Message)
+
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
+
+
+def numbered(message: M, request: int) -> M:
+    """The message as request, or answer to request, `request`."""
+    return msgspec.structs.replace(message, request=request)
+
+
+def without_evaluation(gate: Gate) -> Gate:
+    """The same gate, with nothing to evaluate."""
+    return msgspec.structs.replace(gate, evaluate=False)
 
 
 def encode(message: Message) -> bytes:

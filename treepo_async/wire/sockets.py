@@ -17,7 +17,7 @@ import zmq
 import zmq.asyncio
 
 from treepo_async.errors import DeadlineError, RefusedError, WireError
-from treepo_async.wire.messages import AnyMessage, Gate, Message, Nack, decode, encode
+from treepo_async.wire.messages import AnyMessage, Gate, Message, Nack, decode, encode, numbered
 
 HIGH_WATER_MARK = 64
 HEARTBEAT_MS = 2_000
@@ -119,7 +119,7 @@ class Requester:
         await self._socket.send_multipart([encode(message)])
 
     async def ask(
-        self, message: Any, attachment: Sequence[bytes] = (), *, timeout_s: float, wait: str
+        self, message: Message, attachment: Sequence[bytes] = (), *, timeout_s: float, wait: str
     ) -> Answer:
         """Send a request and wait for its answer, sending again every `resend_s`.
 
@@ -131,7 +131,7 @@ class Requester:
         receiver = self._receiver
         assert receiver is not None, "ask inside `async with`"
         number = next(self._numbers)
-        frames = [encode(_numbered(message, number)), *attachment]
+        frames = [encode(numbered(message, number)), *attachment]
         future = self._pending[number] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
@@ -173,7 +173,7 @@ class BlockingRequester:
         self._socket = _dealer(zmq.Context.instance(), endpoint, name)
         self._numbers = itertools.count(1)
 
-    def ask(self, message: Any, *, timeout_s: float, wait: str) -> Answer:
+    def ask(self, message: Message, *, timeout_s: float, wait: str) -> Answer:
         """Send a request and wait for its answer, sending again every `resend_s`.
 
         Raises:
@@ -183,7 +183,7 @@ class BlockingRequester:
         number = next(self._numbers)
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            if self._send(encode(_numbered(message, number)), deadline):
+            if self._send(encode(numbered(message, number)), deadline):
                 resend = min(deadline, time.monotonic() + self._resend_s)
                 answer = self._receive(number, resend)
                 if answer is not None:
@@ -211,11 +211,6 @@ class BlockingRequester:
                 if message.request == number:
                     return message, frames[1:]
         return None
-
-
-def _numbered(message: Any, number: int) -> Any:
-    fields = {name: getattr(message, name) for name in message.__struct_fields__}
-    return type(message)(**{**fields, "request": number})
 
 
 def _accept(answer: Answer) -> Answer:

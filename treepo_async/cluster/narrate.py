@@ -1,0 +1,149 @@
+"""What the driver tells: events of the roles become console lines, step records and the run's event log.
+
+A step is told once the engine has told of the weights that it published, which may come before or after it; or,
+when those weights were passed over, with the next step.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from treepo_async.metrics.console import alarm_line, eval_line, step_line
+from treepo_async.metrics.record import Recorder
+from treepo_async.metrics.sinks import Sink
+
+Event = dict[str, Any]
+
+KEPT = ("ready", "weights", "eval", "alarm", "failed", "done")
+"""Events that go to the event log."""
+QUIET_S = 30.0
+"""After this long without a line, it is said what is waited for."""
+
+
+@dataclass
+class Narrator:
+    """Takes events one by one; what the supervisor must know of them is in the public fields."""
+
+    num_steps: int
+    roles: Sequence[str]
+    """All names, to tell who is not ready."""
+    sinks: Sequence[Sink]
+    """Take step records and evaluations."""
+    log: Sink
+    """Takes every event of a kind in `KEPT`."""
+    say: Callable[[str], None]
+    ready: set[str] = field(default_factory=set)
+    failures: dict[str, str] = field(default_factory=dict)
+    """What each role said of its own failure."""
+    done: Event | None = None
+    """The learner's last event."""
+    evaluated_step: int = -1
+    """Newest policy step whose evaluation has ended, well or not."""
+    _recorder: Recorder = field(default_factory=Recorder)
+    _held_step: Event | None = None
+    """A `step` that waits for the `weights` of its version."""
+    _weights: Event | None = None
+    """The newest `weights`."""
+    _began: float = field(default_factory=time.monotonic)
+    _last_line: float = field(default_factory=time.monotonic)
+
+    def on_event(self, role: str, event: Event) -> None:
+        """Tell and record what an event brings; unknown kinds are passed over."""
+        kind = event["event"]
+        if kind in KEPT:
+            self.log.write({"time": time.time(), "role": role, **event})
+        handle = {
+            "ready": self._on_ready,
+            "failed": self._on_failed,
+            "alarm": self._on_alarm,
+            "done": self._on_done,
+        }.get(kind)
+        if handle is not None:
+            handle(role, event)
+        else:
+            self._on_measured(kind, event)
+
+    def line(self, text: str) -> None:
+        """Say a line, with the time since the start."""
+        self._last_line = time.monotonic()
+        self.say(f"[{self.seconds():6.1f} s] {text}")
+
+    def seconds(self) -> float:
+        """Time since the start."""
+        return time.monotonic() - self._began
+
+    def is_settled(self) -> bool:
+        """Whether every step that came has been told."""
+        return self._held_step is None
+
+    def flush_step(self) -> None:
+        """Tell the held step, with the publication that followed it if that is known."""
+        held, weights = self._held_step, self._weights
+        if held is None:
+            return
+        its_own = weights is not None and weights["step"] == held["policy_step"]
+        record = self._recorder.step(held, weights if its_own else None)
+        self._held_step = None
+        self.line(step_line(record, self.num_steps))
+        self._write(record)
+
+    def _on_ready(self, role: str, _: Event) -> None:
+        self.ready.add(role)
+        self.line(f"ready {role} after {self.seconds():.0f} s")
+
+    def _on_failed(self, role: str, event: Event) -> None:
+        self.failures[role] = event["cause"]
+
+    def _on_alarm(self, role: str, event: Event) -> None:
+        self.line(alarm_line(role, event))
+
+    def _on_done(self, role: str, event: Event) -> None:
+        if role.startswith("learner"):
+            self.done = event
+
+    def _on_measured(self, kind: str, event: Event) -> None:
+        match kind:
+            case "tree":
+                self._recorder.tree(event)
+            case "engine":
+                self._recorder.engine(event)
+            case "step":
+                self.flush_step()
+                self._held_step = event
+                self._match_weights()
+            case "weights":
+                self._weights = event
+                self._match_weights()
+            case "eval":
+                self.line(eval_line(event))
+                self._write(_eval_record(event))
+            case "evaluated":
+                self.evaluated_step = event["step"]
+            case "waiting":
+                self._on_waiting(event)
+
+    def _match_weights(self) -> None:
+        held, weights = self._held_step, self._weights
+        if held is not None and weights is not None and held["policy_step"] == weights["step"]:
+            self.flush_step()
+
+    def _on_waiting(self, event: Event) -> None:
+        if time.monotonic() - self._last_line > QUIET_S:
+            absent = [role for role in self.roles if role not in self.ready]
+            starting = f"; still starting: {', '.join(absent)}" if absent else ""
+            self.line(f"waiting for the {event['wait']}: {event['missing']}{starting}")
+
+    def _write(self, record: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+
+
+def _eval_record(event: Event) -> dict[str, Any]:
+    return {
+        "step": event["step"],
+        "time": time.time(),
+        "eval/sampled_accuracy": event["sampled_accuracy"],
+        "eval/greedy_accuracy": event["greedy_accuracy"],
+        "eval/seconds": event["seconds"],
+    }
