@@ -32,7 +32,7 @@ def records(run):
 
 @pytest.fixture(scope="module")
 def steps(records):
-    return [record for record in records if "policy_step" in record]
+    return [record for record in records if "reward/mean" in record]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def model(run):
 
 
 def test_every_step_is_recorded_once_and_told_in_a_line(run, steps):
-    assert [(s["step"], s["policy_step"]) for s in steps] == [(0, 1), (1, 2), (2, 3)]
+    assert [s["step"] for s in steps] == list(range(1, STEPS + 1))
     for number in range(1, STEPS + 1):
         assert sum(f"step {number}/{STEPS}  reward" in line for line in run.lines) == 1
     assert not any("ALARM" in line for line in run.lines)
@@ -127,7 +127,22 @@ def test_tensorboard_has_every_number_of_every_step(run, steps):
 
 
 def test_the_config_of_the_run_can_be_read_again(run):
-    assert load(run.run_dir / "config.yaml") == parse([*WORDS, f"run_dir={run.run_dir}"])
+    saved = load(run.run_dir / "config.yaml")
+    asked = parse([*WORDS, f"run_dir={run.run_dir}"])
+    resolved = [f"tree.max_response_tokens={asked.tree.segment_tokens * asked.tree.max_depth}"]
+    resolved += ["engine.context_length=512"]
+    assert saved == parse([*WORDS, f"run_dir={run.run_dir}", *resolved])
+
+
+def test_what_happened_is_kept_in_the_event_log(run):
+    lines = (run.run_dir / "events.jsonl").read_text().splitlines()
+    events = [(event["role"], event["event"]) for event in map(json.loads, lines)]
+    assert {role for role, kind in events if kind == "ready"} == {
+        "engine-0", "learner-0", "replay-0", "actor-0", "actor-1",
+    }  # fmt: skip
+    assert events.count(("engine-0", "weights")) == STEPS
+    assert events.count(("actor-0", "eval")) == 2
+    assert ("learner-0", "done") in events
 
 
 def test_nothing_of_the_run_is_left(run):

@@ -50,6 +50,6 @@ def test_a_killed_actor_is_replaced_and_the_run_does_all_its_steps(launch):
     os.kill(run.pid_of("actor-1"), signal.SIGKILL)
     assert run.wait(timeout_s=2 * END_S) == 0, str(run)
     lines = (run.run_dir / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(steps))
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, steps + 1))
     assert any("actor-1 was killed by SIGKILL; starting it again" in line for line in run.lines)
     run.wait_until_gone(timeout_s=GONE_S)

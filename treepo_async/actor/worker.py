@@ -20,7 +20,7 @@ from treepo_async.scoring.registry import Scorer
 from treepo_async.types import Sampling, Tree
 from treepo_async.wire.messages import Leased
 
-BEAT_S = 5.0
+BEAT_S = 2.0
 BACK_OFF_S = 1.0
 
 log = logging.getLogger(__name__)

@@ -158,8 +158,8 @@ class ReplayConfig:
     )
     lease_timeout_s: float = knob(
         60.0,
-        "without a heartbeat of its actor (every 5 s) a lease is given to another",
-        at_least=15,
+        "without a heartbeat of its actor (every 2 s) a lease is given to another",
+        at_least=6,
     )
     max_attempts: int = knob(3, "leases of a prompt before it is quarantined", at_least=1)
     drop_degenerate: bool = knob(
