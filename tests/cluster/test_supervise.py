@@ -340,6 +340,16 @@ def interrupt():
     os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_role_that_a_terminals_signal_took_along_is_no_failure(tmp_path):
+    def interrupt_and_lose_ray():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RayError("the worker died")
+
+    it = driver(tmp_path, learner=[says(READY), interrupt_and_lose_ray, says(DONE)])
+    with pytest.raises(StoppedError):
+        it.supervisor.run()
+
+
 def test_a_signal_stops_the_run_in_order_and_keeps_the_last_step(tmp_path):
     it = driver(
         tmp_path, learner=[says(READY), says(step(0)), interrupt, says(step(1)), says(DONE)]

@@ -90,6 +90,8 @@ def _make_importable() -> None:
 
 def _connect(address: str | None, *, cache_dir: Path, temporary: Path, num_roles: int) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray hides every GPU from a worker that asked it for none; our roles find their devices themselves
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's workers run at nice 15 by default, and an engine below them would too
     os.environ.setdefault("RAY_worker_niceness", "0")
     if address is None:

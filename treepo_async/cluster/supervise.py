@@ -65,6 +65,11 @@ class Supervisor:
             self._start_all()
             done = self._watch_until_done()
             self._settle(done)
+        except RoleError as error:
+            if self._stopping:
+                # a terminal's Ctrl-C reaches Ray's processes too: they may be gone before we are told
+                raise StoppedError from error
+            raise
         finally:
             self._stop_all()
             self.narrator.flush_step()
