@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from treepo_async.cpu import megatron
@@ -12,6 +13,7 @@ import sys
 from treepo_async.cpu.megatron import install
 compile_before = __import__("torch").compile
 assert install() and install()
+import pytest
 import torch
 assert torch.compile is compile_before, "torch.compile is put back"
 assert "torch._dynamo" not in sys.modules, "dynamo was imported"
@@ -27,6 +29,7 @@ def test_with_cuda_nothing_is_touched(monkeypatch):
     assert (dict(vars(torch.cuda)), torch.Tensor.cuda, torch.compile) == before
 
 
+@pytest.mark.engine
 def test_megatron_is_imported_without_the_compiler():
     subprocess.run([sys.executable, "-c", IMPORT], check=True, timeout=50)
 

@@ -89,6 +89,7 @@ def test_a_half_built_folder_is_replaced(folder, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
 
+@pytest.mark.slow
 def test_two_processes_preparing_at_once_end_with_one_good_folder(folder, tmp_path):
     command = [sys.executable, "-c", PREPARE_SHORT, str(tmp_path)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]

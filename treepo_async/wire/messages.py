@@ -122,7 +122,7 @@ class Published(Message, frozen=True):
 
 
 class Retired(Message, frozen=True):
-    """A durable checkpoint covers all batches up to and including `step`."""
+    """The trees of all batches up to and including `step` will not be asked for again."""
 
     step: int
 
