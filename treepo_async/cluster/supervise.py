@@ -164,13 +164,11 @@ class Supervisor:
         self._get(spec.name, self._hosts[spec.name].start.remote())
 
     def _stop_all(self) -> None:
-        """Askers first, the engine last, so that nothing is asked of what has gone."""
-        engines = [n for n in self._hosts if n.startswith("engine")]
-        for names in ([n for n in self._hosts if n not in engines], engines):
-            stops = [self._hosts[n].stop.remote(self.rules.stop_timeout_s) for n in names]
-            self.cluster.ray.wait(
-                stops, num_returns=len(stops), timeout=self.rules.stop_timeout_s + 10
-            )
+        """End all roles at once: an actor that waits for the engine's answer hears at once that it has gone."""
+        engine_last = sorted(self._hosts, key=lambda name: name.startswith("engine"))
+        stops = [self._hosts[n].stop.remote(self.rules.stop_timeout_s) for n in engine_last]
+        limit = self.rules.stop_timeout_s + 10
+        self.cluster.ray.wait(stops, num_returns=len(stops), timeout=limit)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         if self._stopping:
