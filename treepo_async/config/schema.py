@@ -245,7 +245,7 @@ class ClusterConfig:
         None, "an existing Ray cluster; default: a local one for this run"
     )
     start_timeout_s: float = knob(240.0, "from launch until every role is ready", above=0)
-    stop_timeout_s: float = knob(20.0, "for a role to end by itself before it is killed", above=0)
+    stop_timeout_s: float = knob(5.0, "for a role to end by itself before it is killed", above=0)
 
 
 @dataclass
