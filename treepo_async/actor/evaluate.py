@@ -5,7 +5,6 @@ such a gate (the host), for completions (the engine client has the deadline), `t
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +17,6 @@ from treepo_async.metrics.events import emit
 from treepo_async.scoring.registry import Scorer, score
 from treepo_async.tree.stopping import find_stop
 from treepo_async.types import PolicyVersion, Prompt
-
-log = logging.getLogger(__name__)
 
 
 class Evaluator:

@@ -5,7 +5,6 @@ Waits: for a batch (actors and replay end the wait; replay says every few second
 and steps stay in line.
 """
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,8 +29,6 @@ BATCH_WAIT_S = 5.0
 REPLY_TIMEOUT_S = 60.0
 MAX_SKIPPED = 3
 """Updates skipped in a row before the run ends."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
