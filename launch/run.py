@@ -7,13 +7,17 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from treepo_async.config.command_line import describe, parse
+from treepo_async.cluster.resume import clear_for_resume, find_resume_version, held, parse_resumed
+from treepo_async.config.command_line import describe
 from treepo_async.config.schema import Config
 from treepo_async.errors import ConfigError, DataError, RoleError
+
+if TYPE_CHECKING:
+    from treepo_async.cluster.plan import Plan
 
 EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_STOPPED = 1, 2, 130
 
@@ -24,7 +28,7 @@ def main(words: list[str]) -> int:
         print(describe())
         return 0
     try:
-        config = parse([word for word in words if word != "--dry-run"])
+        config = parse_resumed([word for word in words if word != "--dry-run"])
         return train(config, dry_run="--dry-run" in words)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -45,30 +49,44 @@ def train(config: Config, *, dry_run: bool) -> int:
         read_model_config,
         try_inputs,
     )
-    from treepo_async.cluster.run import run
-    from treepo_async.cluster.supervise import StoppedError
 
     run_dir = choose_run_dir(config.run_dir)
+    resume_version = find_resume_version(run_dir, config.steps)
     with progress_bar("warm start of the tiny model") as report:
         model_dir = prepare_model(
             config.model.path, cache_dir=Path(config.cache_dir), seed=config.seed, report=report
         )
     model = read_model_config(model_dir)
     prompt = try_inputs(config, model_dir, model)
-    plan = make_plan(config, run_dir=run_dir, model_dir=model_dir)
+    resume_step = None if resume_version is None else resume_version.step
+    plan = make_plan(config, run_dir=run_dir, model_dir=model_dir, resume_step=resume_step)
     print(describe_plan(config, plan, prompt), flush=True)
     if dry_run:
         return 0
-    make_run_dir(run_dir, config, model)
+    with held(run_dir):
+        clear_for_resume(run_dir, resume_version)
+        make_run_dir(run_dir, config, model)
+        return carry_out(config, plan)
+
+
+def carry_out(config: Config, plan: "Plan") -> int:
+    """Run the plan, and say how it ended. Gives the exit code."""
+    from treepo_async.cluster.run import run
+    from treepo_async.cluster.supervise import StoppedError
+
+    metrics = plan.run_dir / "metrics.jsonl"
+    again = f"go on with: python launch/run.py run_dir={plan.run_dir}"
     try:
         trained = run(config, plan, say=lambda line: print(line, flush=True))
     except RoleError as error:
-        print(f"error: {error}\n{error.tail}\nlogs: {run_dir / 'logs'}", file=sys.stderr)
+        print(
+            f"error: {error}\n{error.tail}\nlogs: {plan.run_dir / 'logs'}\n{again}", file=sys.stderr
+        )
         return EXIT_FAILED
     except StoppedError:
-        print(f"stopped; metrics: {run_dir / 'metrics.jsonl'}")
+        print(f"stopped; metrics: {metrics}; {again}")
         return EXIT_STOPPED
-    print(f"done; model: {trained}; metrics: {run_dir / 'metrics.jsonl'}")
+    print(f"done; model: {trained}; metrics: {metrics}")
     return 0
 
 

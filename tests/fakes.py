@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import random
+import tempfile
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zmq
 from aiohttp import ClientSession, web
 
 from treepo_async.actor.expand import ExpandSettings
@@ -24,7 +26,9 @@ from treepo_async.engine.server import Server, ServerOptions
 from treepo_async.errors import EngineError
 from treepo_async.metrics.events import parse
 from treepo_async.process import free_ports
-from treepo_async.replay.queue import Queue, QueueRules
+from treepo_async.replay.position_files import PositionFiles
+from treepo_async.replay.queue import Queue
+from treepo_async.replay.rules import QueueRules
 from treepo_async.replay.server import ReplayServer
 from treepo_async.replay.spool import MemorySpool
 from treepo_async.scoring.boxed import boxed_end
@@ -215,13 +219,20 @@ class FakeSGLang:
     refuses_flush: bool = False
     ignores_update: bool = False
     """Say that new weights were loaded, and keep the old ones: what SGLang does with a partial file."""
+    refuses_resume: bool = False
+    weight_versions: list[dict[str, Any]] | None = None
+    """What answers say of their versions; by default the one at submission, up to the half, and the one now."""
     latency_s: float = 0.0
+    probe_s: float = 0.0
+    """How long the scores of a probe take."""
     version: str = "0.0"
     level: float = 0.0
     calls: list[tuple[str, Any]] = field(default_factory=list)
     """(path, body) in order of arrival."""
     running: dict[str, asyncio.Event] = field(default_factory=dict)
     """Live requests by id; the event aborts one."""
+    paused: str = ""
+    """The mode of the pause; while there is one, no request ends and none is taken."""
     url: str = ""
     _runner: web.AppRunner | None = None
 
@@ -230,6 +241,8 @@ class FakeSGLang:
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_post("/flush_cache", self._flush)
+        app.router.add_post("/pause_generation", self._pause)
+        app.router.add_post("/continue_generation", self._continue)
         app.router.add_post("/update_weights_from_disk", self._update)
         app.router.add_post("/weights_checker", self._checksum)
         app.router.add_get("/v1/loads", self._loads)
@@ -254,7 +267,9 @@ class FakeSGLang:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.calls.append(("/generate", body))
+        await until(lambda: not self.paused, timeout_s=HELD_S)
         if isinstance(body["input_ids"][0], list):
+            await asyncio.sleep(self.probe_s)
             return web.json_response([self._scored(ids) for ids in body["input_ids"]])
         fault = self.generate_faults.popleft() if self.generate_faults else ""
         version = self.version
@@ -264,6 +279,7 @@ class FakeSGLang:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await abort.wait()
+            await until(lambda: not self.paused, timeout_s=HELD_S)
             if abort.is_set():
                 fault = "abort"
             return self._completion(request, body, fault, version)
@@ -286,7 +302,7 @@ class FakeSGLang:
         number = params["max_new_tokens"]
         tokens = [2 + i % (VOCAB_SIZE - 2) for i in range(number)]
         logprobs = [None if fault == "nan" else fake_logprob(t, self.level) for t in tokens]
-        said = "0.999" if fault == "other_version" else version
+        said = ["0.999"] * 2 if fault == "other_version" else [version, self.version]
         reason = {"type": "length", "length": number}
         if fault == "abort":
             reason = {"type": "abort", "message": "Aborted"}
@@ -295,8 +311,8 @@ class FakeSGLang:
             "finish_reason": reason,
             "prompt_tokens": len(body["input_ids"]),
             "cached_tokens": len(body["input_ids"]) - 1,
-            "weight_version": said,
-            "weight_versions": [{"version": said, "start": 0, "end": number}],
+            "weight_version": said[1],
+            "weight_versions": self.weight_versions or fake_spans(*said, number),
             "output_token_logprobs": [[p, t, None] for p, t in zip(logprobs, tokens, strict=True)],
             "e2e_latency": 0.001,
         }
@@ -323,6 +339,18 @@ class FakeSGLang:
             return web.Response(text="Timed out waiting for idle state.", status=400)
         return web.Response(text="Cache flushed.\n")
 
+    async def _pause(self, request: web.Request) -> web.Response:
+        self.paused = (await request.json())["mode"]
+        self.calls.append(("/pause_generation", self.paused))
+        return web.json_response({"status": "ok", "message": "Generation paused successfully."})
+
+    async def _continue(self, request: web.Request) -> web.Response:
+        self.calls.append(("/continue_generation", await request.json()))
+        if self.refuses_resume:
+            return web.json_response({"object": "error", "message": "no"}, status=400)
+        self.paused = ""
+        return web.json_response({"status": "ok", "message": "Generation continued successfully."})
+
     async def _update(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.calls.append(("/update_weights_from_disk", body))
@@ -332,6 +360,9 @@ class FakeSGLang:
         if not self.ignores_update:
             self.level = level_of(Path(body["model_path"]))
         self.version = body["weight_version"]
+        if self.paused == "in_place" and body["flush_cache"]:
+            answer = {"success": False, "message": "Weights were updated, but the cache was not"}
+            return web.json_response(answer, status=400)
         return web.json_response({"success": True, "message": "Succeeded."})
 
     async def _checksum(self, _: web.Request) -> web.Response:
@@ -362,6 +393,7 @@ class FakeServer(Server):
         self.starts.append((model_dir, weight_version))
         self.fake.calls.append(("start", weight_version))
         self.fake.version, self.fake.level = weight_version, level_of(model_dir)
+        self.fake.paused = ""
         self.is_running = True
         return 0.0
 
@@ -370,13 +402,22 @@ class FakeServer(Server):
         return self.is_running
 
     async def stop(self) -> None:
-        """End it."""
+        """End it, and the requests in it."""
         self.is_running = False
+        for abort in self.fake.running.values():
+            abort.set()
 
 
 def fake_logprob(token: int, level: float) -> float:
     """The log-prob of a token under weights of a level."""
     return -0.5 - 0.01 * token - level
+
+
+def fake_spans(first: str, last: str, num_tokens: int) -> list[dict[str, Any]]:
+    """SGLang's spans of a request that began under one version and ended, from the half on, under another."""
+    half = num_tokens if first == last else num_tokens // 2
+    spans = [{"version": first, "start": 0, "end": half}]
+    return spans + [{"version": last, "start": half, "end": num_tokens}] * (half < num_tokens)
 
 
 def fake_tensors(level: float) -> list[NamedTensor]:
@@ -457,12 +498,24 @@ async def open_gate(
 
 @contextlib.asynccontextmanager
 async def serve_replay(
-    *, prompt: Callable[[int], Prompt] | None = None, **rules: Any
+    *,
+    prompt: Callable[[int], Prompt] | None = None,
+    endpoint: str | None = None,
+    folder: Path | None = None,
+    resume_step: int | None = None,
+    run_id: str = "run",
+    **rules: Any,
 ) -> AsyncIterator[tuple[ReplayServer, str]]:
-    """A real replay on a free endpoint. Gives the server and the endpoint.
+    """A real replay. Gives the server and its endpoint.
+
+    Called again with the same endpoint and folder, it is that replay started anew: its trees are gone.
 
     Args:
         prompt: the training prompts; by default prompt i is the tokens `[10 + i, 7]`.
+        endpoint: by default a free one.
+        folder: of its positions; by default one that is gone in the end.
+        resume_step: of the checkpoint that the run goes on from.
+        run_id: of the run.
         rules: of the queue; the defaults are one batch of two prompts.
     """
     defaults = {
@@ -474,22 +527,35 @@ async def serve_replay(
         "drop_degenerate": False,
         "max_refills": 8,
     }
-    endpoint = loopback()
-    router = Router(endpoint, max_bytes=2**20)
-    server = ReplayServer(
-        router=router,
-        queue=Queue(QueueRules(**{**defaults, **rules})),
-        spool=MemorySpool(),
-        prompt=prompt or numbered_prompt,
-        run_id="run",
-        vocab_size=VOCAB_SIZE,
-        max_lost=8,
-    )
-    try:
+    endpoint = endpoint or loopback()
+    with contextlib.ExitStack() as stack:
+        folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        positions = PositionFiles(folder, run_id, kept_steps=2)
+        position = positions.start(resume_step)
+        router = await _bound(endpoint)
+        stack.callback(router.close)
+        server = ReplayServer(
+            router=router,
+            queue=Queue.from_position(QueueRules(**{**defaults, **rules}), position),
+            spool=MemorySpool(),
+            positions=positions,
+            prompt=prompt or numbered_prompt,
+            run_id=run_id,
+            vocab_size=VOCAB_SIZE,
+            max_lost=8,
+        )
         async with running(server.run()):
             yield server, endpoint
-    finally:
-        router.close()
+
+
+async def _bound(endpoint: str) -> Router:
+    """A router, once whoever had the endpoint before has let go of it, which sockets do behind one's back."""
+    async with asyncio.timeout(HELD_S):
+        while True:
+            try:
+                return Router(endpoint, max_bytes=2**20)
+            except zmq.ZMQError:
+                await asyncio.sleep(0.02)
 
 
 def numbered_prompt(index: int) -> Prompt:

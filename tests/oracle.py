@@ -126,8 +126,15 @@ def visible_by_ancestors(tree: Tree) -> np.ndarray:
     return sees
 
 
-def tiny_qwen2(*, tied: bool, seed: int = 0) -> Any:
-    """A random Qwen2 whose biases and norms are not trivial, hidden size 64, 2 layers, 128 tokens; float32."""
+def tiny_qwen2(
+    *,
+    tied: bool,
+    seed: int = 0,
+    num_layers: int = 2,
+    num_heads: int = 4,
+    num_kv_heads: int = 4,
+) -> Any:
+    """A random Qwen2 whose biases and norms are not trivial, hidden size 64, 128 tokens; float32."""
     import torch  # here, so that a test that wants a tree alone does not pay for torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -135,9 +142,9 @@ def tiny_qwen2(*, tied: bool, seed: int = 0) -> Any:
         vocab_size=128,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
         max_position_embeddings=512,
         tie_word_embeddings=tied,
         bos_token_id=0,
@@ -164,6 +171,19 @@ def sequence_logprobs(model: Any, token_ids: Any, temperature: float = 1.0) -> A
     ids = torch.as_tensor(np.asarray(token_ids, np.int64))
     logits = model(ids[None], use_cache=False).logits[0, :-1] / temperature
     return logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+
+
+def segment_logprobs(model: Any, tree: Tree) -> list[np.ndarray]:
+    """Log-probs of the tokens of each segment at the tree's temperature, from one of the paths through it, [T] each."""
+    found: list[np.ndarray] = [np.empty(0)] * len(tree.segments)
+    for leaf in tree.leaves:
+        path = tree.path(leaf)
+        token_ids = [tree.prompt.token_ids, *(tree.segments[i].token_ids for i in path)]
+        logprobs = sequence_logprobs(model, np.concatenate(token_ids), tree.sampling.temperature)
+        values = logprobs.detach().numpy()[len(tree.prompt.token_ids) - 1 :]
+        for i in path:
+            found[i], values = np.split(values, [len(tree.segments[i])])
+    return found
 
 
 def trajectory_loss(

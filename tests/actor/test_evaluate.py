@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -29,14 +30,14 @@ def problem(first_token, answer):
 PROBLEMS = [problem(10, "7"), problem(11, "8"), problem(12, "7"), problem(13, "7")]
 
 
-def answers(prefix, _number, is_greedy):
-    """Greedy says 7 always, sampling says 7 to the first problem only; both talk on behind the box."""
-    digit = "7" if is_greedy or prefix[0] == 10 else "9"
+def answers(prefix, number, is_greedy):
+    """Greedy says 7 always, sampling to the first problem only, and once to the last; all talk on behind the box."""
+    digit = "7" if is_greedy or prefix[0] == 10 or (prefix[0], number) == (13, 1) else "9"
     return [ord(c) for c in rf"\boxed{{{digit}}}\boxed{{8}}"] + [EOS]
 
 
 @contextlib.asynccontextmanager
-async def evaluating(engine, *, scorer=exact, timeout_s=10.0, **rules):
+async def evaluating(engine, *, scorer=exact, num_samples=1, timeout_s=10.0, **rules):
     async with open_gate(evaluates=True) as (keeper, gate):
         evaluator = Evaluator(
             engine,
@@ -44,6 +45,7 @@ async def evaluating(engine, *, scorer=exact, timeout_s=10.0, **rules):
             PROBLEMS,
             ascii_settings(**rules),
             scorer=scorer,
+            num_samples=num_samples,
             timeout_s=timeout_s,
         )
         async with running(evaluator.run()):
@@ -67,6 +69,26 @@ async def test_both_accuracies_are_counted_up_to_the_first_stop(capsys):
     assert {r.least_step for r in engine.requests} == {1}
     assert {r.max_new_tokens for r in engine.requests} == {20}
     assert sorted({r.sampling.temperature for r in engine.requests}) == [0.0, 0.8]
+
+
+async def test_every_problem_is_sampled_k_times_and_its_best_sample_counts_as_pass_at_k(capsys):
+    engine = ScriptedEngine(script=answers)
+    async with evaluating(engine, num_samples=4) as keeper:
+        await evaluate(keeper, FIRST)
+    (event,) = events_in(capsys.readouterr().out, "eval")
+    assert event["num_samples"] == 4
+    assert event["sampled_accuracy"] == pytest.approx((4 + 0 + 0 + 1) / 16)
+    assert event["pass_at_k"] == pytest.approx(2 / 4)
+    assert event["greedy_accuracy"] == pytest.approx(3 / 4)
+    runs = Counter((r.sampling.temperature, r.num_runs) for r in engine.requests)
+    assert runs == {(0.8, 4): 4, (0.0, 1): 4}
+
+
+async def test_one_sample_has_no_pass_at_k(capsys):
+    async with evaluating(ScriptedEngine(script=answers)) as keeper:
+        await evaluate(keeper, FIRST)
+    (event,) = events_in(capsys.readouterr().out, "eval")
+    assert "pass_at_k" not in event
 
 
 async def test_a_response_may_not_repeat_itself_within_one_segment_as_in_training(capsys):

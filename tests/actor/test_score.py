@@ -1,10 +1,11 @@
 import math
+import random
 
 import numpy as np
 import pytest
 
 from tests.fakes import text_of
-from treepo_async.actor.score import score_tree
+from treepo_async.actor.score import score_tree, shuffled
 from treepo_async.errors import TreeError
 from treepo_async.types import (
     ROOT,
@@ -70,6 +71,28 @@ def test_a_scorer_that_raises_costs_its_own_leaf_only():
     tree = scored(scorer)
     np.testing.assert_array_equal(tree.accuracies_L, [0.5, np.nan, 0.5])
     np.testing.assert_array_equal(tree.rewards_L, [0.75, np.nan, 0.75])
+
+
+def first_is_right(response, _answer):
+    """Right, failed, wrong: one of each."""
+    return {"abcdfour": 1.0, "abcdfive": math.nan, "fou": 0.0}[response]
+
+
+def test_shuffled_scores_are_the_same_scores_at_other_leaves_and_stay_pairs():
+    trees = [shuffled(scored(first_is_right), random.Random(seed)) for seed in range(40)]
+    orders = {str(tree.accuracies_L) for tree in trees}
+    assert len(orders) == 6
+    for tree in trees:
+        np.testing.assert_array_equal(np.sort(tree.accuracies_L), [0, 1, np.nan])
+        np.testing.assert_array_equal(tree.rewards_L, 2.5 * tree.accuracies_L - 0.5)
+
+
+def test_a_shuffle_is_decided_by_its_seed_and_leaves_its_tree_alone():
+    tree = scored(first_is_right)
+    first, second = (shuffled(tree, random.Random(3)) for _ in range(2))
+    np.testing.assert_array_equal(first.accuracies_L, second.accuracies_L)
+    np.testing.assert_array_equal(tree.accuracies_L, [1, np.nan, 0])
+    first.check()
 
 
 def test_an_accuracy_that_is_no_finite_number_counts_as_failed():

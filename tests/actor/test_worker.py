@@ -15,7 +15,7 @@ from tests.fakes import (
 from treepo_async.actor.replay_client import ReplayClient
 from treepo_async.actor.worker import RewardSettings, Worker
 from treepo_async.errors import RefusedError
-from treepo_async.replay.queue import State
+from treepo_async.replay.entry import State
 from treepo_async.types import PolicyVersion
 from treepo_async.wire.codec import decode_tree
 from treepo_async.wire.sockets import Requester
@@ -24,20 +24,20 @@ RUN_S = 20.0
 
 
 @contextlib.asynccontextmanager
-async def worker_on(endpoint, engine, *, name="actor-0", scorer=lambda *_: 1.0):
+async def worker_on(endpoint, engine, *, name="actor-0", scorer=lambda *_: 1.0, shuffle=False):
     async with Requester(endpoint, name=name, owner="replay") as requester:
         replay = ReplayClient(requester)
         await replay.hello(name=name, run_id="run", timeout_s=5)
-        reward = RewardSettings(scorer, 1.0, -1.0, timeout_s=5.0)
+        reward = RewardSettings(scorer, 1.0, -1.0, timeout_s=5.0, shuffle=shuffle)
         yield Worker(name, replay, engine, ascii_settings(), reward, seed=0)
 
 
 def states(server):
-    return [entry.state for entry in server.queue.entries.values()]
+    return [entry.state for entry in server.queue.order.kept()]
 
 
 def stored_trees(server):
-    return [decode_tree(server.spool.read(lease_id)) for lease_id in server.queue.entries]
+    return [decode_tree(server.spool.read(lease_id)) for lease_id in server.queue.order.live]
 
 
 async def test_a_worker_grows_every_lease_and_returns_when_there_are_no_more():
@@ -68,7 +68,7 @@ async def test_a_lease_that_the_engine_fails_on_is_given_up_and_grown_again():
     async with serve_replay() as (server, endpoint), asyncio.timeout(RUN_S):
         async with worker_on(endpoint, engine) as worker:
             await worker.run(concurrent_trees=1)
-        first, second = server.queue.entries.values()
+        first, second = server.queue.order.kept()
         assert (first.state, first.attempt) == (State.ACCEPTED, 2)
         assert (second.state, second.attempt) == (State.ACCEPTED, 1)
         assert server.queue.reasons == {"EngineError": 1}
@@ -79,7 +79,8 @@ async def test_a_lease_that_the_engine_always_fails_on_ends_in_quarantine():
     async with serve_replay(max_attempts=3) as (server, endpoint), asyncio.timeout(RUN_S):
         async with worker_on(endpoint, engine) as worker:
             await worker.run(concurrent_trees=1)
-        assert states(server) == [State.QUARANTINED, State.ACCEPTED, State.ACCEPTED]
+        assert states(server) == [State.ACCEPTED, State.ACCEPTED]
+        assert server.queue.ledger()["quarantined"] == 1
 
 
 async def test_a_stale_tree_is_dropped_and_its_lease_grown_again_under_newer_weights():
@@ -105,6 +106,26 @@ async def test_a_tree_that_replay_calls_invalid_ends_the_worker():
         with pytest.raises(ExceptionGroup) as caught:
             await worker.run(concurrent_trees=1)
     assert caught.group_contains(RefusedError, match="step_S has 9")
+
+
+def about_half(response, _answer):
+    return float(sum(response.encode()) % 2)
+
+
+async def test_a_control_run_permutes_each_trees_scores_and_the_same_lease_gives_the_same_again():
+    async def accuracies(*, shuffle):
+        engine = ScriptedEngine(seed=4)
+        async with serve_replay() as (server, endpoint), asyncio.timeout(RUN_S):
+            async with worker_on(endpoint, engine, scorer=about_half, shuffle=shuffle) as worker:
+                await worker.run(concurrent_trees=1)
+            trees = stored_trees(server)
+        for tree in trees:
+            assert tree.rewards_L.tolist() == (2 * tree.accuracies_L - 1).tolist()
+        return [tree.accuracies_L.tolist() for tree in trees]
+
+    honest, control, again = [await accuracies(shuffle=s) for s in (False, True, True)]
+    assert control == again != honest
+    assert [sorted(tree) for tree in control] == [sorted(tree) for tree in honest]
 
 
 async def test_leases_of_a_living_worker_do_not_expire(monkeypatch):

@@ -47,14 +47,32 @@ def test_two_runs_never_share_an_id():
     assert plan_of(Config()).run_id != plan_of(Config()).run_id
 
 
-def test_only_actors_are_started_again_and_threads_come_from_the_config():
+def test_every_role_is_started_again_when_killed_and_actors_when_they_fail_too():
+    plan = plan_of(Config())
+    assert all(role.max_restarts > 0 for role in plan.roles)
+    assert {role.module for role in plan.roles if role.survives_failure} == {"actor"}
+
+
+def test_threads_come_from_the_config():
     config = Config(learner=LearnerConfig(cpu_threads=4), actor=ActorConfig(cpu_threads=2))
-    plan = plan_of(config)
-    assert {(r.module, r.max_restarts > 0) for r in plan.roles} == {
-        ("engine", False), ("learner", False), ("replay", False), ("actor", True),
-    }  # fmt: skip
-    threads = {r.module: r.cpu_threads for r in plan.roles}
+    threads = {r.module: r.cpu_threads for r in plan_of(config).roles}
     assert (threads["learner"], threads["actor"]) == (4, 2)
+
+
+def test_actors_are_dealt_to_the_engines_in_turn():
+    plan = plan_of(Config(actors=5, engines=2))
+    engines = {r.name: (r.wiring.engine_url, r.wiring.gate_endpoint) for r in plan.roles}
+    for index in range(5):
+        assert engines[f"actor-{index}"] == engines[f"engine-{index % 2}"]
+    assert engines["engine-0"] != engines["engine-1"]
+
+
+def test_a_plan_that_goes_on_says_from_where_to_roles_and_person():
+    plan = make_plan(Config(), run_dir=Path("run"), model_dir=Path("model"), resume_step=20)
+    assert {role.wiring.resume_step for role in plan.roles} == {20}
+    prompt = Prompt("p", np.arange(3, dtype=np.int32), "1", "1")
+    assert "run (seed 0, resumed at step 20)" in describe(Config(), plan, prompt)
+    assert {role.wiring.resume_step for role in plan_of(Config()).roles} == {None}
 
 
 def test_a_wiring_is_read_back_as_it_was_handed_over():

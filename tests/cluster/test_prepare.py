@@ -62,14 +62,6 @@ def test_a_run_folder_is_made_with_the_resolved_config(tmp_path):
     assert saved.engine.context_length == MODEL["max_position_embeddings"]
 
 
-def test_a_folder_that_holds_a_run_is_refused(tmp_path):
-    make_run_dir(tmp_path, Config(), MODEL)
-    before = (tmp_path / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match=r"run_dir=.* holds a run already.*another folder"):
-        choose_run_dir(str(tmp_path))
-    assert (tmp_path / "config.yaml").read_text() == before
-
-
 def test_without_a_name_a_run_goes_below_runs():
     assert choose_run_dir(None).parent.name == "runs"
 

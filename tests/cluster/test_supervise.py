@@ -79,7 +79,7 @@ class FakeRay:
 
         def start():
             role.start()
-            return lambda: None
+            return lambda: role.num_starts
 
         return SimpleNamespace(
             start=SimpleNamespace(remote=start),
@@ -118,15 +118,21 @@ class Driver:
         return [re.sub(r"^\[.{6} s\] ", "", line) for line in self.lines]
 
 
-def driver(tmp_path, *, rules=RULES, **scripts):
-    """A supervisor of an engine, a learner, a replay and an actor; `learner=[...]` scripts its reports."""
+def driver(tmp_path, *, rules=RULES, max_restarts=0, **scripts):
+    """A supervisor of an engine, a learner, a replay and an actor; `learner=[...]` scripts its reports.
+
+    The actor may be started again once; the others `max_restarts` times, after they were killed. The pid of a role is
+    the number of its start.
+    """
     roles = {
         f"{kind}-0": Role(list(scripts.get(kind, [says(READY), says()])))
         for kind in ("engine", "learner", "replay", "actor")
     }
     wiring = Wiring("run", str(tmp_path), "", "", "", "", "")
     specs = tuple(
-        RoleSpec(name, name[:-2], wiring, 1, max_restarts=1 if name == "actor-0" else 0)
+        RoleSpec(name, name[:-2], wiring, 1, max_restarts, survives_failure=False)
+        if name != "actor-0"
+        else RoleSpec(name, "actor", wiring, 1, max_restarts=1, survives_failure=True)
         for name in roles
     )
     ray, lines, records, logged = FakeRay(roles), [], [], []
@@ -198,7 +204,12 @@ def test_weights_may_be_told_before_their_step_and_never_stand_with_another_one(
 
 
 def test_trees_and_idleness_are_counted_into_the_step_they_came_before(tmp_path):
-    tree = {"event": "tree", "outcome": "accepted", **dict.fromkeys(TREE_SUMS, 3)}
+    tree = {
+        "event": "tree",
+        "actor": "actor-0",
+        "outcome": "accepted",
+        **dict.fromkeys(TREE_SUMS, 3),
+    }
     load = {"event": "engine", "num_samples": 4, "num_idle": 1}
     it = driver(
         tmp_path,
@@ -211,6 +222,35 @@ def test_trees_and_idleness_are_counted_into_the_step_they_came_before(tmp_path)
     assert (first["trees/accepted"], first["tokens/decoded"], first["idle/engine"]) == (2, 6, 0.25)
     assert (second.get("trees/accepted"), second["tokens/decoded"]) == (None, 0)
     assert first["idle/learner"] == 0.5
+    assert [record["leases_by_actor"] for record in it.records] == [{"actor-0": 2}] * 2
+
+
+def test_every_step_names_the_processes_that_made_it_ranks_and_restarted_roles_too(tmp_path):
+    ranks = [{"event": "rank", "rank": i, "pid": 500 + i} for i in range(2)]
+    it = driver(
+        tmp_path,
+        engine=[says(READY), says(weights(1, 0.1)), says()],
+        learner=[
+            says(*ranks, READY, step(0)),
+            says(exit_code=-9),
+            says(ranks[1] | {"pid": 601}, step(1), DONE, exit_code=0),
+        ],
+        max_restarts=1,
+    )
+    it.supervisor.run()
+    before, after = (record["pids"] for record in it.records)
+    assert before == {
+        "engine-0": 1,
+        "learner-0": 1,
+        "replay-0": 1,
+        "actor-0": 1,
+        "learner-0/rank-0": 500,
+        "learner-0/rank-1": 501,
+    }
+    assert after == before | {"learner-0": 2, "learner-0/rank-1": 601}
+    kinds = [(event["role"], event["event"]) for event in it.logged]
+    assert kinds.count(("learner-0", "rank")) == 3
+    assert kinds.count(("learner-0", "started")) == 2
 
 
 def test_alarms_and_evaluations_are_told_and_recorded(tmp_path):
@@ -289,6 +329,27 @@ def test_an_actor_that_dies_is_started_again_and_the_run_goes_on(tmp_path):
     (line,) = [line for line in it.text if "starting it again" in line]
     assert line.startswith("actor-0 was killed by SIGKILL; starting it again (")
     assert line.endswith("see logs/actor-0.log)")
+
+
+@pytest.mark.parametrize("kind", ["engine", "learner", "replay"])
+def test_a_role_that_was_killed_is_started_again(tmp_path, kind):
+    scripts = {"learner": [says(READY), *[says()] * 5, says(DONE, exit_code=0)]}
+    scripts[kind] = [says(READY), says(exit_code=-9), *scripts.get(kind, [says()])]
+    it = driver(tmp_path, max_restarts=1, **scripts)
+    it.supervisor.run()
+    assert it.roles[f"{kind}-0"].num_starts == 2
+    assert any(f"{kind}-0 was killed by SIGKILL; starting it again" in line for line in it.text)
+
+
+@pytest.mark.parametrize("kind", ["engine", "learner", "replay"])
+def test_a_role_that_ended_by_itself_had_a_reason_and_is_not_started_again(tmp_path, kind):
+    said = {"event": "failed", "cause": "WeightsError: no publication can be used"}
+    scripts = {kind: [says(READY), says(said, exit_code=1, tail="its traceback"), says()]}
+    it = driver(tmp_path, max_restarts=3, **scripts)
+    with pytest.raises(RoleError, match=f"{kind}-0 ended with code 1: WeightsError: no") as caught:
+        it.supervisor.run()
+    assert caught.value.tail == "its traceback"
+    assert it.roles[f"{kind}-0"].num_starts == 1
 
 
 def test_an_actor_that_keeps_dying_ends_the_run(tmp_path):

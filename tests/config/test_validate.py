@@ -4,7 +4,7 @@ from operator import attrgetter
 import pytest
 
 from treepo_async.config.command_line import parse
-from treepo_async.config.schema import Config, knobs
+from treepo_async.config.schema import BUILT_IN, Config, knobs
 from treepo_async.config.validate import validate
 from treepo_async.errors import ConfigError
 
@@ -65,6 +65,11 @@ def test_a_number_that_is_not_finite_is_refused(key, value):
         (["learner.beta2=-1"], "learner.beta2=-1.0 must be at least 0 and below 1"),
         (["reward.wrong=1"], "reward.correct=1.0 must be above reward.wrong=1.0"),
         (["model=some/model"], "give model=some/model its own data=FILE"),
+        (
+            ["model=tiny-chain"],
+            "data=tiny is the built-in task of model=tiny; give model=tiny-chain its own data=tiny-chain",
+        ),
+        (["data=tiny-chain"], "data=tiny-chain is the built-in task of model=tiny-chain"),
         (["tree.repetition_count=1"], "give 0 (never) or at least 2"),
         (["data.instruction=\\${seed}"], "data.instruction=${seed} holds '${'"),
         (["learner=tp4dp"], "learner.layout='tp4dp' is not a layout"),
@@ -73,6 +78,11 @@ def test_a_number_that_is_not_finite_is_refused(key, value):
 def test_values_that_do_not_go_together_are_refused(words, named):
     (message,) = refusals(*words)
     assert named in message
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_model_and_its_task_go_together(name):
+    assert parse([f"model={name}", f"data={name}"]).data.path == name
 
 
 def test_own_data_may_be_learned_by_the_tiny_model():

@@ -10,7 +10,8 @@ from treepo_async.config.schema import DataConfig
 from treepo_async.data.source import EndOfData, open_source
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import DataError
-from treepo_async.tiny import task
+from treepo_async.tiny.built_in import BUILT_INS
+from treepo_async.tiny.task import is_heldout
 from treepo_async.tiny.tokenizer import save_tokenizer
 
 
@@ -51,29 +52,35 @@ def epoch(source):
     return prompts
 
 
-def test_tiny_prompts_are_bare_and_carry_their_answers(opened, tokenizer):
-    prompt = opened("tiny", instruction="ignored").prompt(17)
-    problem = task.problem(0, 17, heldout=False)
-    assert prompt.id == "tiny-train-17"
+built_in = pytest.mark.parametrize("name", BUILT_INS)
+
+
+@built_in
+def test_built_in_prompts_are_bare_and_carry_their_answers(opened, tokenizer, name):
+    prompt = opened(name, instruction="ignored").prompt(17)
+    problem = BUILT_INS[name].task.problem(0, 17, heldout=False)
+    assert prompt.id == f"{name}-train-17"
     assert prompt.text == problem.question + "\n" == tokenizer.render(problem.question)
     assert prompt.answer == problem.answer
     assert prompt.token_ids.dtype == np.int32
     assert tokenizer.decode(prompt.token_ids) == prompt.text
 
 
-def test_tiny_held_out_prompts_are_fixed_and_never_trained_on(opened):
-    heldout = opened("tiny").heldout(20)
-    again = opened("tiny", seed=5).heldout(8)
+@built_in
+def test_built_in_held_out_prompts_are_fixed_and_never_trained_on(opened, name):
+    heldout = opened(name).heldout(20)
+    again = opened(name, seed=5).heldout(8)
     assert [(p.id, p.text) for p in again] == [(p.id, p.text) for p in heldout[:8]]
-    assert heldout[3].id == "tiny-heldout-3"
-    assert all(task.is_heldout(p.text.strip()) for p in heldout)
+    assert heldout[3].id == f"{name}-heldout-3"
+    assert all(is_heldout(p.text.strip()) for p in heldout)
 
 
-def test_tiny_has_no_end_and_follows_the_seed(opened):
-    source = opened("tiny", epochs=1)
-    assert source.prompt(10**6).text == opened("tiny").prompt(10**6).text
+@built_in
+def test_a_built_in_task_has_no_end_and_follows_the_seed(opened, name):
+    source = opened(name, epochs=1)
+    assert source.prompt(10**6).text == opened(name).prompt(10**6).text
     assert [source.prompt(i).text for i in range(5)] != [
-        opened("tiny", seed=1).prompt(i).text for i in range(5)
+        opened(name, seed=1).prompt(i).text for i in range(5)
     ]
 
 

@@ -9,6 +9,7 @@ import pytest
 import treepo_async.engine.client
 from tests.fakes import VOCAB_SIZE, FakeSGLang, fake_logprob, open_gate, until
 from treepo_async.engine.client import MAX_ATTEMPTS, WARM_TOKENS, EngineClient, SamplingSettings
+from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.types import PolicyVersion
 
@@ -23,7 +24,9 @@ def _no_pause_between_attempts(monkeypatch):
 
 
 @contextlib.asynccontextmanager
-async def connected(*, request_timeout_s=5.0, gate_timeout_s=5.0, **fake):
+async def connected(
+    *, request_timeout_s=5.0, gate_timeout_s=5.0, update_mode=UpdateMode.DRAIN, **fake
+):
     async with (
         FakeSGLang(version=str(VERSION), **fake) as sglang,
         open_gate(VERSION, timeout_s=gate_timeout_s) as (keeper, gate),
@@ -37,6 +40,7 @@ async def connected(*, request_timeout_s=5.0, gate_timeout_s=5.0, **fake):
             namespace="run7",
             vocab_size=VOCAB_SIZE,
             request_timeout_s=request_timeout_s,
+            update_mode=update_mode,
         )
         yield sglang, keeper, client
 
@@ -119,7 +123,7 @@ async def test_a_bad_answer_is_asked_for_again(fault):
         ("abort", "SGLang aborted the request: Aborted"),
         ("garbage", "answer cannot be used: UnicodeDecodeError"),
         ("not_understood", "answer cannot be used: KeyError.*meta_info"),
-        ("other_version", r"sampled under .*step=999.* submitted under 0\.3"),
+        ("other_version", r"sampled under 0\.999, but submitted under 0\.3"),
         ("nan", "log-probs that are not finite"),
     ],
 )
@@ -218,3 +222,63 @@ async def test_nothing_is_sent_while_the_gate_is_closed():
         assert sglang.calls == []
         await keeper.open(VERSION, evaluate=False, hold_s=0)
         assert len(await work) == 1
+
+
+LIVED_THROUGH = [
+    {"version": "0.3", "start": 0, "end": 1},
+    {"version": "0.4", "start": 1, "end": 4},
+]
+NEWER = PolicyVersion(0, 4)
+
+
+@pytest.mark.parametrize("mode", [UpdateMode.RETRACT, UpdateMode.IN_PLACE])
+async def test_an_answer_of_newer_weights_waits_until_the_host_has_proven_them(mode):
+    async with connected(update_mode=mode, weight_versions=LIVED_THROUGH) as (
+        sglang,
+        keeper,
+        client,
+    ):
+        sglang.latency_s = 0.2
+        work = asyncio.create_task(extend(client))
+        await until(lambda: sglang.running)
+        await keeper.close()
+        await asyncio.sleep(0.5)
+        assert not sglang.running
+        assert not work.done()
+        await keeper.open(NEWER, evaluate=False, hold_s=0)
+        (completion,) = await work
+    assert [span.policy_version for span in completion.run.spans] == [VERSION, NEWER]
+    assert [span.mixed_context for span in completion.run.spans] == [
+        False,
+        mode is UpdateMode.IN_PLACE,
+    ]
+
+
+async def test_an_answer_of_newer_weights_is_given_up_when_the_host_goes_back_to_the_old_ones():
+    async with connected(update_mode=UpdateMode.RETRACT, weight_versions=LIVED_THROUGH) as (
+        sglang,
+        keeper,
+        client,
+    ):
+        sglang.latency_s = 0.2
+        work = asyncio.create_task(extend(client))
+        await until(lambda: sglang.running)
+        await keeper.close()
+        await until(lambda: not sglang.running)
+        sglang.weight_versions = None
+        await keeper.open(VERSION, evaluate=False, hold_s=0)
+        (completion,) = await work
+        assert [span.policy_version for span in completion.run.spans] == [VERSION]
+        assert len(sglang.bodies("/generate")) == 2
+
+
+async def test_an_answer_of_newer_weights_that_are_never_proven_is_a_deadline():
+    async with connected(
+        gate_timeout_s=0.5, update_mode=UpdateMode.RETRACT, weight_versions=LIVED_THROUGH
+    ) as (sglang, keeper, client):
+        sglang.latency_s = 0.2
+        work = asyncio.create_task(extend(client))
+        await until(lambda: sglang.running)
+        await keeper.close()
+        with pytest.raises(DeadlineError, match="the gate to open"):
+            await work

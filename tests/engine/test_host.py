@@ -1,5 +1,6 @@
 import asyncio
 import contextlib
+import shutil
 from dataclasses import dataclass, replace
 
 import aiohttp
@@ -8,6 +9,7 @@ import pytest
 import treepo_async.engine.host
 from tests.fakes import (
     BASE,
+    VOCAB_SIZE,
     FakeServer,
     FakeSGLang,
     events_in,
@@ -15,15 +17,19 @@ from tests.fakes import (
     publish_fake,
     until,
 )
+from treepo_async.engine.client import EngineClient, SamplingSettings
 from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.host import Host, HostRules
+from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import EngineError, WeightsError
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.store import WeightStore
 
 FIRST, SECOND, THIRD = (PolicyVersion(0, step) for step in (1, 2, 3))
+DRAIN, RETRACT, IN_PLACE = UpdateMode
 RULES = HostRules(
+    update_mode=DRAIN,
     start_timeout_s=5,
     drain_timeout_s=5,
     update_timeout_s=2,
@@ -64,6 +70,7 @@ class House:
     host: Host
     gate: GateClient
     task: asyncio.Task
+    session: aiohttp.ClientSession
 
     @property
     def store(self):
@@ -73,6 +80,22 @@ class House:
         await until(lambda: self.host.applied == version)
         async with self.gate.passage(least_step=version.step) as open_for:
             assert open_for == version
+
+    async def evaluation_of(self, version):
+        async with asyncio.timeout(10):
+            assert await self.gate.to_evaluate.get() == version
+
+    def client(self):
+        """A client of the server that reads answers as the host updates."""
+        return EngineClient(
+            self.server.url,
+            self.gate,
+            self.session,
+            namespace="run",
+            vocab_size=VOCAB_SIZE,
+            request_timeout_s=10,
+            update_mode=self.host.rules.update_mode,
+        )
 
     def doings(self):
         """What was done, in order."""
@@ -87,7 +110,7 @@ def base_dir(tmp_path):
 
 
 @contextlib.asynccontextmanager
-async def house(tmp_path, base_dir, *, evaluate_first=False, **rules):
+async def house(tmp_path, base_dir, *, evaluates=False, **rules):
     endpoint = loopback()
     async with FakeSGLang() as sglang, aiohttp.ClientSession() as session:
         server = FakeServer(sglang, session, tmp_path / "sglang.log")
@@ -98,7 +121,7 @@ async def house(tmp_path, base_dir, *, evaluate_first=False, **rules):
             store=WeightStore(tmp_path / "weights", keep=4),
             rules=replace(RULES, **rules),
             base_dir=base_dir,
-            evaluate_first=evaluate_first,
+            evaluates=evaluates,
         )
         task = asyncio.create_task(host.run())
         gate = GateClient(endpoint, name="actor-0", evaluates=True, timeout_s=10)
@@ -106,7 +129,7 @@ async def house(tmp_path, base_dir, *, evaluate_first=False, **rules):
             async with gate, asyncio.timeout(30):
                 async with gate.passage():
                     pass
-                yield House(sglang, server, host, gate, task)
+                yield House(sglang, server, host, gate, task, session)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -137,6 +160,68 @@ async def test_a_publication_is_applied_behind_a_closed_gate_in_one_order(
     assert (weights["version"], weights["step"]) == ("0.1", 1)
     assert weights["gap"] < 1e-9
     assert weights["pause_s"] >= weights["drain_s"] + weights["load_s"]
+
+
+@pytest.mark.parametrize("mode", [RETRACT, IN_PLACE])
+async def test_requests_live_through_an_update_that_pauses_them(tmp_path, base_dir, mode):
+    async with house(tmp_path, base_dir, update_mode=mode) as it:
+        it.sglang.latency_s = 1.0
+        work = asyncio.create_task(sample(it))
+        await until(lambda: it.sglang.running)
+        folder = publish_fake(it.store, FIRST)
+        await it.applied(FIRST)
+        assert it.doings()[2:] == [
+            "/generate",
+            "close",
+            "/pause_generation",
+            "/update_weights_from_disk",
+            "/continue_generation",
+            "/generate",
+            "open",
+        ]
+        assert it.sglang.bodies("/pause_generation") == [mode.value]
+        assert it.sglang.bodies("/update_weights_from_disk") == [
+            {
+                "model_path": str(folder),
+                "weight_version": "0.1",
+                "flush_cache": mode is RETRACT,
+            }
+        ]
+        assert not work.done()
+        spans = (await work).run.spans
+        assert [tuple(span) for span in spans] == [(BASE, 2, False), (FIRST, 2, mode is IN_PLACE)]
+        assert it.sglang.bodies("/abort_request") == []
+
+
+async def sample(it):
+    sampling = SamplingSettings(1.0, ())
+    (completion,) = await it.client().extend(
+        [4, 8], num_runs=1, max_new_tokens=4, sampling=sampling
+    )
+    return completion
+
+
+@pytest.mark.parametrize("mode", [RETRACT, IN_PLACE])
+async def test_no_answer_counts_that_names_weights_which_the_probe_then_refuses(
+    tmp_path, base_dir, mode
+):
+    async with house(tmp_path, base_dir, update_mode=mode) as it:
+        it.sglang.ignores_update = True
+        it.sglang.latency_s = 0.3
+        it.sglang.probe_s = 1.0
+        work = asyncio.create_task(sample(it))
+        await until(lambda: it.sglang.running)
+        publish_fake(it.store, FIRST)
+        await until(lambda: len(it.server.starts) == 2)
+        asked = it.sglang.bodies("/generate")
+        assert not work.done()
+        assert not it.sglang.running
+        it.sglang.ignores_update = False
+        it.sglang.probe_s = 0.0
+        spans = (await work).run.spans
+        assert [span.policy_version for span in spans] != [BASE, FIRST]
+        assert len(it.sglang.bodies("/generate")) > len(asked)
+        await it.applied(FIRST)
 
 
 async def test_the_weights_stay_until_the_last_request_in_flight_is_back(tmp_path, base_dir):
@@ -193,11 +278,21 @@ def spoil(folder, damage):
         file.write_bytes(header)
 
 
-@pytest.mark.parametrize("trouble", ["refuses_update", "refuses_flush"])
-async def test_a_load_that_fails_restarts_the_engine_from_the_last_good_weights(
-    tmp_path, base_dir, capsys, trouble
+@pytest.mark.parametrize(
+    ("trouble", "mode"),
+    [
+        ("refuses_update", DRAIN),
+        ("refuses_flush", DRAIN),
+        ("refuses_update", RETRACT),
+        ("refuses_resume", RETRACT),
+        ("refuses_update", IN_PLACE),
+        ("refuses_resume", IN_PLACE),
+    ],
+)
+async def test_an_update_that_fails_restarts_the_engine_from_the_last_good_weights(
+    tmp_path, base_dir, capsys, trouble, mode
 ):
-    async with house(tmp_path, base_dir) as it:
+    async with house(tmp_path, base_dir, update_mode=mode) as it:
         first = publish_fake(it.store, FIRST)
         await it.applied(FIRST)
         setattr(it.sglang, trouble, True)
@@ -209,13 +304,18 @@ async def test_a_load_that_fails_restarts_the_engine_from_the_last_good_weights(
         begin, end = it.doings().index("open", 2), it.doings().index("start", 1)
         assert it.doings()[begin + 1 : end].count("close") == 2
         assert "open" not in it.doings()[begin + 1 : end], "somebody was let in before the restart"
+        if trouble == "refuses_update":
+            assert "/continue_generation" not in it.doings()[begin + 1 : end], "weights of no name"
     (alarm,) = events_in(capsys.readouterr().out, "alarm")
     assert alarm["alarm"] == "engine restarted"
     assert alarm["detail"].startswith("applying 0.2 failed: SGLang")
 
 
-async def test_weights_that_were_not_loaded_are_found_out_by_the_probe(tmp_path, base_dir, capsys):
-    async with house(tmp_path, base_dir) as it:
+@pytest.mark.parametrize("mode", UpdateMode)
+async def test_weights_that_were_not_loaded_are_found_out_by_the_probe(
+    tmp_path, base_dir, capsys, mode
+):
+    async with house(tmp_path, base_dir, update_mode=mode) as it:
         it.sglang.ignores_update = True
         publish_fake(it.store, FIRST)
         await until(lambda: len(it.server.starts) == 2)
@@ -297,10 +397,11 @@ async def test_a_server_that_keeps_dying_ends_the_host(tmp_path, base_dir):
 
 
 async def test_the_next_version_waits_for_the_evaluation_of_the_one_before(tmp_path, base_dir):
-    async with house(tmp_path, base_dir) as it:
+    async with house(tmp_path, base_dir, evaluates=True) as it:
+        await it.evaluation_of(BASE)
+        await it.gate.evaluated(BASE)
         publish_fake(it.store, FIRST, evaluate=True)
-        async with asyncio.timeout(10):
-            assert await it.gate.to_evaluate.get() == FIRST
+        await it.evaluation_of(FIRST)
         publish_fake(it.store, SECOND)
         publish_fake(it.store, THIRD)
         await asyncio.sleep(0.4)
@@ -312,23 +413,46 @@ async def test_the_next_version_waits_for_the_evaluation_of_the_one_before(tmp_p
 
 
 async def test_an_evaluation_goes_on_over_the_death_of_the_server(tmp_path, base_dir):
-    async with house(tmp_path, base_dir) as it:
-        publish_fake(it.store, FIRST, evaluate=True)
-        async with asyncio.timeout(10):
-            await it.gate.to_evaluate.get()
+    async with house(tmp_path, base_dir, evaluates=True) as it:
+        await it.evaluation_of(BASE)
         it.server.is_running = False
         await until(lambda: len(it.server.starts) == 2)
-        publish_fake(it.store, SECOND)
+        publish_fake(it.store, FIRST)
         await asyncio.sleep(0.4)
-        assert it.host.applied == FIRST
+        assert it.host.applied == BASE
         assert it.gate.to_evaluate.empty()
-        await it.gate.evaluated(FIRST)
+        await it.gate.evaluated(BASE)
+        await it.applied(FIRST)
+
+
+async def test_a_server_on_which_nothing_is_evaluated_goes_on_to_the_newest_version(
+    tmp_path, base_dir
+):
+    async with house(tmp_path, base_dir, evaluates=False) as it:
+        staged = WeightStore(tmp_path / "staged", keep=4)
+        folders = [publish_fake(staged, v, evaluate=True) for v in (FIRST, SECOND, THIRD)]
+        for folder in reversed(folders):
+            folder.rename(it.store.folder / folder.name)
+        await it.applied(THIRD)
+        await asyncio.sleep(0.2)
+        loaded = [b["weight_version"] for b in it.sglang.bodies("/update_weights_from_disk")]
+        assert loaded == ["0.3"]
+        assert it.gate.to_evaluate.empty()
+
+
+async def test_a_server_whose_weights_are_gone_begins_anew_from_the_initial_model(
+    tmp_path, base_dir
+):
+    async with house(tmp_path, base_dir) as it:
+        publish_fake(it.store, FIRST)
+        await it.applied(FIRST)
+        shutil.rmtree(it.store.path(FIRST))
+        it.server.is_running = False
+        await until(lambda: len(it.server.starts) == 2)
+        assert it.server.starts[1] == (base_dir, "0.0")
+        publish_fake(it.store, SECOND)
         await it.applied(SECOND)
-
-
-async def test_the_first_weights_are_evaluated_when_asked_for(tmp_path, base_dir):
-    async with house(tmp_path, base_dir, evaluate_first=True) as it, asyncio.timeout(10):
-        assert await it.gate.to_evaluate.get() == BASE
+        assert len(it.server.starts) == 2
 
 
 async def test_the_driver_hears_how_often_the_server_had_nothing_to_do(

@@ -49,10 +49,10 @@ def test_a_misspelled_key_ends_with_2_and_the_right_one_without_a_traceback():
 
 
 def test_a_combination_that_cannot_be_run_ends_with_2_and_every_reason():
-    done = launched("tree.first_fork_min=4", "learner=tp2", "actors=0")
+    done = launched("tree.first_fork_min=4", "learner=tp2xp2", "actors=0")
     assert done.returncode == 2
     assert done.stderr.startswith("error: actors=0 must be at least 1\n")
-    for reason in ("tree.first_fork_min=4", "learner.layout=tp2 needs 2 ranks"):
+    for reason in ("tree.first_fork_min=4", "learner.layout='tp2xp2' is not a layout"):
         assert reason in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -88,11 +88,13 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(inputs, tmp_path):
     assert not run_dir.exists()
 
 
-def test_a_folder_that_holds_a_run_is_not_written_to_again(inputs, tmp_path):
+def test_a_folder_that_holds_a_run_is_not_written_to_where_it_shall_not_be_resumed(
+    inputs, tmp_path
+):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.yaml").write_text("steps: 1\n")
-    done = launched(*inputs, f"run_dir={run_dir}", "--dry-run")
+    done = launched(*inputs, f"run_dir={run_dir}", "resume=false", "--dry-run")
     assert done.returncode == 2
     assert f"error: run_dir={run_dir} holds a run already" in done.stderr
     assert (run_dir / "config.yaml").read_text() == "steps: 1\n"

@@ -1,9 +1,10 @@
 """One Megatron process group and two tiny models for every test of the learner."""
 
-import socket
 from pathlib import Path
 
 import pytest
+
+from treepo_async.process import free_ports
 
 
 @pytest.fixture(scope="session")
@@ -12,9 +13,7 @@ def groups():
     from treepo_async.config.layout import Layout
     from treepo_async.learner.groups import close_groups, open_groups
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     open_groups(Layout(), rank=0, address=f"127.0.0.1:{port}", timeout_s=30.0)
     yield
     close_groups()

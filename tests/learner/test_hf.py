@@ -22,7 +22,7 @@ def round_trip(model_dir):
     from treepo_async.learner.model import build_model
 
     shape = shape_of(model_dir)
-    model = build_model(shape)
+    model = build_model(shape, sequence_parallel=False)
     load(model, shape, open_checkpoint(model_dir))
     return dict(export(model, shape))
 
@@ -42,6 +42,23 @@ def test_every_tensor_comes_back_bit_for_bit(model_dir):
     assert returned.keys() == original.keys()
     assert all(torch.equal(returned[name], tensor) for name, tensor in original.items())
     assert all(tensor.is_contiguous() for tensor in returned.values())
+
+
+def test_what_stands_at_a_parameter_goes_the_same_way(model_dir):
+    from treepo_async.learner.hf import export, load
+    from treepo_async.learner.model import build_model
+
+    def gradient(weight):
+        return weight.main_grad
+
+    original, shape = load_file(model_dir / "model.safetensors"), shape_of(model_dir)
+    model = build_model(shape, sequence_parallel=False)
+    load(model, shape, original.__getitem__)
+    load(model, shape, lambda name: -original[name], gradient)
+    for sign, tensors in ((1, export(model, shape)), (-1, export(model, shape, gradient))):
+        returned = dict(tensors)
+        assert returned.keys() == original.keys()
+        assert all(torch.equal(returned[name], sign * original[name]) for name in original)
 
 
 def test_a_checkpoint_in_several_files_is_read_through_its_index(model_dir, tmp_path):

@@ -68,3 +68,13 @@ def test_a_layout_that_cuts_a_head_or_a_layer_is_refused():
         check_split(shape, tp=4, pp=1)
     with pytest.raises(ConfigError, match=r"num_hidden_layers is 24.*pp=5"):
         check_split(shape, tp=1, pp=5)
+
+
+def test_ranks_may_share_key_value_heads_evenly_but_not_otherwise():
+    sizes = QWEN2 | {"num_attention_heads": 48, "num_key_value_heads": 2, "head_dim": 64}
+    shape = ModelShape.from_config(sizes)
+    for tp in (1, 2, 4, 16):
+        check_split(shape, tp=tp, pp=1)
+    three = ModelShape.from_config(sizes | {"num_key_value_heads": 3})
+    with pytest.raises(ConfigError, match=r"num_key_value_heads is 3.*tp=4"):
+        check_split(three, tp=4, pp=1)

@@ -46,7 +46,13 @@ def publish_to(tmp_path, trees, dtype=torch.float32):
     config_file.write_text('{"vocab_size": 128}')
     store = WeightStore(tmp_path / "weights", keep=2)
     return publish(
-        store, Policy(), VERSION, trees, dtype=dtype, config_file=config_file, evaluate=True
+        store,
+        Policy(),
+        VERSION,
+        probe_sequences(trees),
+        dtype=dtype,
+        config_file=config_file,
+        evaluate=True,
     )
 
 

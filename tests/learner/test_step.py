@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.oracle import random_tree, sequence_logprobs, tiny_qwen2, trajectory_loss
-from treepo_async.learner.pack import pack
+from treepo_async.learner.pack import pack_groups
+from treepo_async.learner.share import divide
 from treepo_async.types import PolicyVersion
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("groups")]
@@ -58,6 +59,12 @@ def relative(found, expected):
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
+def whole(learner, trees, advantages):
+    """The share of the only replica."""
+    (share,) = divide(trees, advantages, num_replicas=1, budget_tokens=learner.microbatch_tokens)
+    return share
+
+
 def gradient_errors(learner, reference):
     """Per Megatron parameter, |found - expected| / |expected| of its gradient.
 
@@ -66,7 +73,7 @@ def gradient_errors(learner, reference):
     from treepo_async.learner.hf import load
     from treepo_async.learner.model import build_model
 
-    expected = build_model(learner.shape)
+    expected = build_model(learner.shape, sequence_parallel=False)
     gradients = {name: weight.grad for name, weight in reference.named_parameters()}
     load(expected, learner.shape, gradients.__getitem__)
     wanted = dict(expected.named_parameters())
@@ -78,7 +85,7 @@ def gradient_errors(learner, reference):
 
 def compare(learner, model_dir, trees, advantages, *, cap=2.0, proximal_logprobs=None):
     """Train once; the relative errors of the loss and of the worst gradient."""
-    result = learner.train(trees, advantages, proximal_logprobs=proximal_logprobs)
+    result = learner.train(whole(learner, trees, advantages), proximal_logprobs=proximal_logprobs)
     reference = reference_from(model_dir)
     loss = trajectory_loss(
         reference, trees, advantages, **CLIP, cap=cap, proximal_logprobs=proximal_logprobs
@@ -116,7 +123,8 @@ def test_neither_the_microbatches_nor_the_order_of_trees_matters(model_dir):
     gradients, losses = [], []
     for budget, order in ((1, [0, 1, 2, 3, 4]), (10**6, [4, 2, 0, 3, 1])):
         learner = learner_from(model_dir, microbatch_tokens=budget)
-        result = learner.train([trees[i] for i in order], [advantages[i] for i in order])
+        share = whole(learner, [trees[i] for i in order], [advantages[i] for i in order])
+        result = learner.train(share)
         losses.append(result.loss)
         gradients.append([p.main_grad.clone() for p in learner.model.parameters()])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -135,9 +143,9 @@ def test_control_labels_by_a_shift_are_another_loss(model_dir, monkeypatch):
     from treepo_async.learner import step
 
     def pack_shifted(*args):
-        return [replace(packed, target=packed.prev + 1) for packed in pack(*args)]
+        return [replace(packed, target=packed.prev + 1) for packed in pack_groups(*args)]
 
-    monkeypatch.setattr(step, "pack", pack_shifted)
+    monkeypatch.setattr(step, "pack_groups", pack_shifted)
     _, gradient_error, _ = compare(learner_from(model_dir), model_dir, *batch())
     assert gradient_error > 1e-2
 
@@ -152,13 +160,13 @@ def test_control_advantages_summed_before_the_clip_are_another_loss(model_dir, m
                 positive=np.maximum(packed.positive - packed.negative, 0),
                 negative=np.maximum(packed.negative - packed.positive, 0),
             )
-            for packed in pack(*args)
+            for packed in pack_groups(*args)
         ]
 
     learner = learner_from(model_dir)
     trees, advantages = batch()
     proximal = shaken(learner.logprobs(trees))
-    monkeypatch.setattr(step, "pack", pack_summed)
+    monkeypatch.setattr(step, "pack_groups", pack_summed)
     _, gradient_error, _ = compare(
         learner, model_dir, trees, advantages, proximal_logprobs=proximal
     )
@@ -190,7 +198,7 @@ def test_statistics_are_means_per_trajectory_token(model_dir):
     trees, advantages = batch(nan_share=0.0)
     version = PolicyVersion(0, 4)
     current = learner.logprobs(trees)
-    result = learner.train(trees, advantages, version=version)
+    result = learner.train(whole(learner, trees, advantages), version=version)
     rows = [
         (len(tree.segments[i].token_ids), tree.segments[i], current[t][i])
         for t, tree in enumerate(trees)
@@ -222,7 +230,7 @@ def test_statistics_are_means_per_trajectory_token(model_dir):
 def test_entropy_is_that_of_the_sampling_distribution(model_dir):
     learner, reference = learner_from(model_dir), reference_from(model_dir)
     tree = random_tree(np.random.default_rng(2), num_segments=1, temperature=0.5)
-    result = learner.train([tree], [np.ones(1)])
+    result = learner.train(whole(learner, [tree], [np.ones(1)]))
     ids = np.concatenate([tree.prompt.token_ids, tree.segments[0].token_ids]).astype(np.int64)
     import torch
 
@@ -232,7 +240,8 @@ def test_entropy_is_that_of_the_sampling_distribution(model_dir):
 
 
 def test_without_a_token_of_the_version_there_is_no_gap(model_dir):
-    result = learner_from(model_dir).train(*batch(), version=PolicyVersion(7, 7))
+    learner = learner_from(model_dir)
+    result = learner.train(whole(learner, *batch()), version=PolicyVersion(7, 7))
     assert math.isnan(result.logprob_gap_mean)
     assert math.isnan(result.logprob_gap_max)
 
@@ -243,11 +252,11 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(model_dir, advantage
     trees, advantages = batch()
     before = {name: tensor.clone() for name, tensor in learner.export()}
     spoilt = [np.full_like(advantages_L, advantage) for advantages_L in advantages]
-    result = learner.train(trees, spoilt)
+    result = learner.train(whole(learner, trees, spoilt))
     assert result.skipped
     assert not math.isfinite(result.loss)
     assert learner.optimizer.num_updates == 0
     assert all(tensor.equal(before[name]) for name, tensor in learner.export())
-    after = learner.train(trees, advantages)
+    after = learner.train(whole(learner, trees, advantages))
     assert not after.skipped
     assert after.learning_rate == pytest.approx(1e-3 / 4)

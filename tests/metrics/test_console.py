@@ -49,10 +49,14 @@ def test_an_evaluation_is_one_line():
         "sampled_accuracy": 0.5,
         "greedy_accuracy": 0.6254,
         "num_problems": 64,
+        "num_samples": 1,
         "seconds": 3.21,
     }
     assert eval_line(event) == (
         "eval policy 0.10  sampled 0.500  greedy 0.625  on 64 held-out problems  3.2 s"
+    )
+    assert eval_line({**event, "num_samples": 8, "pass_at_k": 0.9}) == (
+        "eval policy 0.10  sampled 0.500  pass@8 0.900  greedy 0.625  on 64 held-out problems  3.2 s"
     )
 
 

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from treepo_async.metrics.record import STEP_NAMES, WEIGHTS_NAMES, Recorder
+from treepo_async.metrics.record import STEP_NAMES, WEIGHTS_NAMES, Recorder, eval_record
 
 
 def tree(outcome="accepted", **changes):
@@ -103,3 +103,25 @@ def test_a_step_event_that_lacks_a_number_is_not_passed_over():
     del event["loss"]
     with pytest.raises(KeyError, match="loss"):
         Recorder().step(event, None)
+
+
+def test_an_evaluation_is_recorded_at_the_step_of_its_policy_and_pass_at_k_only_where_it_is():
+    event = {
+        "event": "eval",
+        "version": "0.20",
+        "step": 20,
+        "num_problems": 64,
+        "num_samples": 1,
+        "sampled_accuracy": 0.5,
+        "greedy_accuracy": 0.6,
+        "seconds": 1.5,
+    }
+    record = eval_record(event)
+    assert abs(record.pop("time") - time.time()) < 5
+    assert record == {
+        "step": 20,
+        "eval/sampled_accuracy": 0.5,
+        "eval/greedy_accuracy": 0.6,
+        "eval/seconds": 1.5,
+    }
+    assert eval_record({**event, "pass_at_k": 0.75})["eval/pass_at_k"] == 0.75

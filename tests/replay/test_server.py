@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+import treepo_async.replay.server
+from tests.fakes import VOCAB_SIZE, loopback, serve_replay, until
+from treepo_async.actor.replay_client import is_lost
 from treepo_async.data.source import EndOfData
 from treepo_async.errors import DataError, RefusedError
-from treepo_async.process import free_ports
-from treepo_async.replay.queue import Queue, QueueRules, State
+from treepo_async.replay.entry import State
+from treepo_async.replay.position import QueuePosition
 from treepo_async.replay.server import ReplayServer
-from treepo_async.replay.spool import MemorySpool
 from treepo_async.types import (
     ROOT,
     PolicyVersion,
@@ -41,10 +43,9 @@ from treepo_async.wire.messages import (
     PutTree,
     Retired,
 )
-from treepo_async.wire.sockets import BlockingRequester, Requester, Router
+from treepo_async.wire.sockets import BlockingRequester, Requester
 
 RUN_ID = "run-a"
-VOCAB_SIZE = 100
 SOON_S = 8.0
 
 
@@ -117,39 +118,29 @@ class Served:
         requester = Requester(self.endpoint, name=name, owner="replay", **options)
         return Peer(await self.peers.enter_async_context(requester))
 
-    async def until(self, holds):
-        """Wait until `holds()`; a hand over the test's shoulder, never the protocol's."""
-        async with asyncio.timeout(SOON_S):
-            while not holds():  # noqa: ASYNC110 - what is looked at has no event
-                await asyncio.sleep(0.02)
+
+RULES = {
+    "prompts_per_batch": 2,
+    "max_staleness": 1,
+    "num_batches": 100,
+    "lease_timeout_s": 60.0,
+    "max_attempts": 3,
+    "drop_degenerate": True,
+    "max_refills": 64,
+}
 
 
 @contextlib.asynccontextmanager
 async def serving(prompts, **changes):
-    rules = {
-        "prompts_per_batch": 2,
-        "max_staleness": 1,
-        "num_batches": 100,
-        "lease_timeout_s": 60.0,
-        "max_attempts": 3,
-        "drop_degenerate": True,
-        "max_refills": 64,
-    }
-    endpoint = f"tcp://127.0.0.1:{free_ports(1)[0]}"
-    router = Router(endpoint, max_bytes=2**20)
-    queue = Queue(QueueRules(**{**rules, **changes}))
-    server = ReplayServer(router, queue, MemorySpool(), prompts, RUN_ID, VOCAB_SIZE, max_lost=8)
-    task = asyncio.create_task(server.run())
-    try:
+    options = {**RULES, "run_id": RUN_ID, **changes}
+    async with serve_replay(prompt=prompts, **options) as (server, endpoint):
         async with contextlib.AsyncExitStack() as peers:
             yield Served(server, endpoint, peers)
         server.queue.check_integrity()
-    finally:
-        died = task.done()
-        task.cancel()
-        outcome = (await asyncio.gather(task, return_exceptions=True))[0]
-        router.close()
-        assert not died, f"replay died: {outcome!r}"
+
+
+def waiting_in(served):
+    return served.server._askers.waiting
 
 
 def events_of(capsys, name):
@@ -316,8 +307,8 @@ async def test_no_wait_is_longer_than_replay_allows(wait_s):
     async with serving(ScriptedPrompts(), max_staleness=0) as served:
         learner = await served.peer("learner-0")
         asked = asyncio.create_task(learner.batch(0, wait_s=wait_s))
-        await served.until(lambda: served.server._waiting or asked.done())
-        for waiting in served.server._waiting.values():
+        await until(lambda: waiting_in(served) or asked.done())
+        for waiting in waiting_in(served).values():
             assert waiting.deadline <= time.monotonic() + 60
         asked.cancel()
 
@@ -401,7 +392,7 @@ async def test_no_lease_is_handed_to_an_actor_that_has_gone():
                 asyncio.create_task(gone.ask(AskLease(wait_s=30.0), timeout_s=30, wait="a lease"))
                 for _ in range(4)
             ]
-            await served.until(lambda: len(served.server._waiting) == 4)
+            await until(lambda: len(waiting_in(served)) == 4)
             for ask in asks:
                 ask.cancel()
         for lease in leases:
@@ -411,7 +402,7 @@ async def test_no_lease_is_handed_to_an_actor_that_has_gone():
         two = await served.peer("actor-2")
         moved = [await two.lease() for _ in range(2)]
         assert [(m.lease_id, m.attempt) for m in moved] == [("000000002", 1), ("000000003", 1)]
-        assert served.server._waiting == {}
+        assert waiting_in(served) == {}
 
 
 async def test_a_lease_asked_for_twice_by_one_request_is_given_once():
@@ -432,7 +423,8 @@ async def test_a_lease_asked_for_twice_by_one_request_is_given_once():
         assert {(m.lease_id, m.attempt) for m in [lease, *lost]} == {("000000000", 1)}
         assert (await actor.lease()).lease_id == "000000001", "another request, another lease"
         await actor.put(lease, tree_for(lease))
-        await served.until(lambda: len(server._granted) == 1)
+        await actor.lease()
+        assert len(server._askers.granted) == 2, "the delivered one is forgotten"
 
 
 # ------------------------------------------------------------------ refusals
@@ -543,4 +535,249 @@ async def test_bytes_that_are_no_message_harm_nobody():
             await vandal.replay._socket.send_multipart(frames)
         lease = await actor.lease()
         assert await actor.put(lease, tree_for(lease)) == "accepted"
-        assert served.server.queue.entries[lease.lease_id].state is State.ACCEPTED
+        assert served.server.queue.order.live[lease.lease_id].state is State.ACCEPTED
+
+
+# ------------------------------------------------------------------ who gets a lease
+
+
+async def test_of_several_who_wait_the_one_that_holds_the_fewest_leases_is_served_first():
+    async with serving(ScriptedPrompts(), max_staleness=1) as served:
+        greedy, modest, late = [await served.peer(f"actor-{i}") for i in range(3)]
+        learner = await served.peer("learner-0")
+        leases = [await greedy.lease() for _ in range(3)] + [await modest.lease()]
+        asks = []
+        for peer in (greedy, greedy, modest, late):
+            asks.append(asyncio.create_task(peer.lease()))
+            await until(lambda: len(waiting_in(served)) == len(asks))
+        for lease in (leases[0], leases[1], leases[3]):
+            await greedy.put(lease, tree_for(lease))
+        await learner.batch(0)
+        await learner.ask(Published(step=1, consumed_step=0))
+        assert [(await ask).lease_id for ask in asks[2:]] == ["000000004", "000000005"]
+        assert not any(ask.done() for ask in asks[:2]), "greedy holds one, the others held none"
+        for ask in asks[:2]:
+            ask.cancel()
+
+
+async def test_room_for_all_is_shared_in_turn():
+    async with serving(ScriptedPrompts(), prompts_per_batch=3, max_staleness=0) as served:
+        one, two, learner = [await served.peer(n) for n in ("actor-0", "actor-1", "learner-0")]
+        for lease in [await one.lease() for _ in range(3)]:
+            await one.put(lease, tree_for(lease))
+        asks = []
+        for peer in (one, one, one, two):
+            asks.append(asyncio.create_task(peer.lease()))
+            await until(lambda: len(waiting_in(served)) == len(asks))
+        await learner.batch(0)
+        await learner.ask(Published(step=1, consumed_step=0))
+        given = [(await asks[i]).lease_id for i in (0, 3, 1)]
+        assert given == ["000000003", "000000004", "000000005"]
+        asks[2].cancel()
+
+
+# ------------------------------------------------------------------ replay dies
+
+
+class Run:
+    """A replay that is started, ended and started again, and peers that know nothing of it."""
+
+    def __init__(self, folder, stack, **rules):
+        self.endpoint, self.folder, self.stack = loopback(), folder, stack
+        self.rules = {**RULES, "run_id": RUN_ID, **rules}
+
+    def replay(self, **changes):
+        options = {"endpoint": self.endpoint, "folder": self.folder, **self.rules, **changes}
+        return serve_replay(prompt=ScriptedPrompts(), **options)
+
+    async def peer(self, name):
+        requester = Requester(self.endpoint, name=name, owner="replay", resend_s=0.2)
+        return Peer(await self.stack.enter_async_context(requester))
+
+    def position(self, name="position.json"):
+        return QueuePosition.parse((self.folder / name).read_text())[1]
+
+    def names(self):
+        return sorted(file.name for file in self.folder.iterdir())
+
+
+@pytest.fixture
+async def stack():
+    async with contextlib.AsyncExitStack() as stack, asyncio.timeout(40):
+        yield stack
+
+
+async def train(actor, learner, step):
+    """Have a step grown, trained and published, with staleness 0. Gives its lease ids."""
+    for _ in range(2):
+        lease = await actor.lease()
+        await actor.put(lease, tree_for(lease, step=step))
+    batch, _ = await learner.batch(step)
+    await learner.ask(Published(step=step + 1, consumed_step=step))
+    return batch.lease_ids
+
+
+async def test_whoever_waits_while_replay_is_started_again_is_answered_by_the_new_one(
+    tmp_path, stack
+):
+    run = Run(tmp_path, stack, max_staleness=0)
+    actor, other, learner = [await run.peer(n) for n in ("actor-0", "actor-1", "learner-0")]
+    async with run.replay():
+        leases = [await actor.lease() for _ in range(2)]
+        await actor.put(leases[1], tree_for(leases[1]))
+        batch = asyncio.create_task(learner.batch(0))
+        await until(lambda: run.position().next_index == 2)
+    put = asyncio.create_task(actor.put(leases[0], tree_for(leases[0])))
+    await asyncio.sleep(0.3)
+    async with run.replay() as (server, _):
+        assert await put == "accepted", "grown before replay died"
+        again = await other.lease()
+        assert (again.lease_id, again.prompt_id, again.attempt) == (
+            leases[1].lease_id, leases[1].prompt_id, 1,
+        ), "its tree died with replay"  # fmt: skip
+        assert not batch.done()
+        await other.put(again, tree_for(again))
+        answer, frames = await batch
+        assert answer.lease_ids == [lease.lease_id for lease in leases]
+        assert len(frames) == 2 * answer.frames_per_tree
+        assert server.queue.ledger() == {"consumed": 2}
+
+
+async def test_words_about_leases_that_replay_has_forgotten_harm_nobody(tmp_path, stack):
+    run = Run(tmp_path, stack)
+    actor = await run.peer("actor-0")
+    async with run.replay() as (server, _):
+        server.positions.write = lambda _: None
+        lost = await actor.lease()
+    assert run.position().next_index == 0
+    async with run.replay() as (server, _):
+        await actor.replay.tell(Beat(leases=[lost.lease_id]))
+        await actor.ask(GiveUp(lease_id=lost.lease_id, attempt=1, reason="EngineError"))
+        with pytest.raises(RefusedError) as caught:
+            await actor.put(lost, tree_for(lost))
+        assert is_lost(caught.value), "an actor drops the tree and goes on"
+        again = await actor.lease()
+        assert (again.lease_id, again.text) == (lost.lease_id, lost.text)
+        assert server.queue.reasons == {}
+
+
+async def test_what_the_learner_is_told_is_on_disk_before(tmp_path, stack):
+    run = Run(tmp_path, stack, max_staleness=0)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    seen = []
+    async with run.replay() as (server, _):
+        send = server.router.send
+
+        async def look(peer, message, attachment=()):
+            if peer.startswith(b"learner"):
+                seen.append((type(message).__name__, run.position()))
+            return await send(peer, message, attachment)
+
+        server.router.send = look
+        await train(actor, learner, 0)
+        await learner.ask(Retired(step=0))
+    assert [name for name, _ in seen] == ["Batch", "Ack", "Ack"]
+    consumed, published, retired = (position for _, position in seen)
+    assert [(b.step, b.prompts, b.is_trained) for b in consumed.consumed] == [(0, (0, 1), False)]
+    assert (published.published, published.consumed[0].is_trained) == (1, True)
+    assert (retired.num_retired, retired.consumed, retired.ended) == (1, (), {"trained": 2})
+
+
+async def test_a_publication_of_a_batch_that_died_with_replay_is_taken(tmp_path, stack, capsys):
+    run = Run(tmp_path, stack, max_staleness=0)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay():
+        for _ in range(2):
+            lease = await actor.lease()
+            await actor.put(lease, tree_for(lease))
+        await learner.batch(0)
+    async with run.replay() as (server, _):
+        for _ in range(2):
+            await learner.ask(Published(step=1, consumed_step=0))
+        assert server.queue.ledger() == {"trained": 2}
+        assert await train(actor, learner, 1) == ["000000002", "000000003"]
+    assert events_of(capsys, "alarm") == []
+
+
+async def test_a_batch_that_died_with_replay_is_grown_again_with_all_later_ones(
+    tmp_path, stack, capsys, monkeypatch
+):
+    monkeypatch.setattr(treepo_async.replay.server, "POSITION_S", 60.0)
+    run = Run(tmp_path, stack, max_staleness=0)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay():
+        batches = [await train(actor, learner, step) for step in range(3)]
+        await learner.ask(Retired(step=0))
+    async with run.replay() as (server, _):
+        asked = asyncio.create_task(learner.batch(1))
+        await until(lambda: run.position().next_step == 1)
+        leases = [await actor.lease() for _ in range(4)]
+        assert [lease.lease_id for lease in leases] == [*batches[1], *batches[2]]
+        for lease in leases:
+            await actor.put(lease, tree_for(lease, step=3))
+        assert (await asked)[0].lease_ids == batches[1]
+        assert (await learner.batch(2))[0].lease_ids == batches[2]
+        assert server.queue.ledger() == {"trained": 2, "consumed": 4}
+    (alarm,) = events_of(capsys, "alarm")
+    assert alarm["alarm"] == "batch lost with replay, growing it again"
+    assert (alarm["step"], alarm["num_trees"]) == (1, 4)
+
+
+async def test_a_learner_that_goes_back_gets_the_same_trees_from_a_replay_that_lives(
+    tmp_path, stack
+):
+    run = Run(tmp_path, stack, max_staleness=0)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay() as (server, _):
+        for step in range(3):
+            await train(actor, learner, step)
+        await learner.ask(Retired(step=0))
+        ledger = server.queue.ledger()
+        first = [await learner.batch(step) for step in (1, 2)]
+        again = await run.peer("learner-1")
+        for step, (batch, frames) in zip((1, 2), first, strict=True):
+            same, same_frames = await again.batch(step)
+            assert (same.lease_ids, same_frames) == (batch.lease_ids, frames)
+            await again.ask(Published(step=step + 1, consumed_step=step))
+        assert (server.queue.ledger(), server.queue.published) == (ledger, 3)
+        with pytest.raises(RefusedError, match="wrong_step"):
+            await again.batch(0)
+
+
+async def test_positions_of_checkpoints_are_kept_and_older_ones_removed(tmp_path, stack):
+    run = Run(tmp_path, stack, max_staleness=0)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay():
+        assert run.names() == ["position-0.json", "position.json"]
+        for step in range(5):
+            await train(actor, learner, step)
+        await learner.ask(Retired(step=3))
+        await learner.ask(Retired(step=3))
+    assert run.names() == [*(f"position-{k}.json" for k in (2, 3, 4, 5)), "position.json"], (
+        "two steps before the newest checkpoint, as the fake is told"
+    )
+
+
+async def test_a_resumed_run_trains_every_prompt_that_its_checkpoint_had_not(tmp_path, stack):
+    run = Run(tmp_path, stack, max_staleness=0)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay():
+        for step in range(3):
+            await train(actor, learner, step)
+    for _ in range(2):
+        # the first start goes on from the checkpoint, a restart from where the resumed run stands
+        async with run.replay(resume_step=1, run_id="run-b") as (server, _):
+            step = server.queue.position().next_step
+            assert await train(actor, learner, step) == [
+                f"{i:09d}" for i in (2 * step, 2 * step + 1)
+            ]
+    assert (step, run.position().next_index) == (2, 6)
+
+
+async def test_a_publication_ahead_of_all_batches_is_refused():
+    async with serving(ScriptedPrompts()) as served:
+        learner = await served.peer("learner-0")
+        for step in (-1, 1, 10**12):
+            with pytest.raises(RefusedError, match="wrong_step"):
+                await learner.ask(Published(step=step, consumed_step=0))
+        assert served.server.queue.published == 0

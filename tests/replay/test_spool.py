@@ -10,23 +10,13 @@ def test_a_tree_is_read_as_it_was_stored_first():
     assert spool.read("a") == [b"one", b"two"]
 
 
-def test_retiring_a_step_forgets_the_trees_of_it_and_of_those_before():
+def test_a_forgotten_tree_is_gone_and_forgetting_it_again_does_nothing():
     spool = MemorySpool()
-    for lease_id in "abcd":
-        spool.append(lease_id, [lease_id.encode()])
-    spool.journal(0, ["a"])
-    spool.journal(1, ["b"])
-    spool.journal(2, ["c"])
-    spool.retire(1)
     for lease_id in "ab":
-        with pytest.raises(KeyError):
-            spool.read(lease_id)
-    assert (spool.read("c"), spool.read("d")) == ([b"c"], [b"d"])
-
-
-def test_retiring_twice_does_nothing():
-    spool = MemorySpool()
-    spool.append("a", [b"a"])
-    spool.journal(0, ["a"])
-    spool.retire(0)
-    spool.retire(0)
+        spool.append(lease_id, [lease_id.encode()])
+    for _ in range(2):
+        spool.forget(["a", "never"])
+    assert (spool.holds("a"), spool.holds("b")) == (False, True)
+    with pytest.raises(KeyError):
+        spool.read("a")
+    assert spool.read("b") == [b"b"]

@@ -6,16 +6,22 @@ from dataclasses import replace
 import pytest
 from safetensors import safe_open
 
-from treepo_async.tiny.cache import prepare
+from treepo_async.config.schema import TINY, TINY_CHAIN
+from treepo_async.tiny.built_in import BUILT_INS
+from treepo_async.tiny.cache import content_hash, prepare
 from treepo_async.tiny.recipe import DEFAULT_ARCHITECTURE, Recipe
 
-SHORT = Recipe(num_steps=3, batch_size=4, num_demonstrations=16, num_threads=1)
+RECIPE = Recipe(num_steps=3, batch_size=4, num_demonstrations=16, num_threads=1)
+SHORT = replace(BUILT_INS[TINY], recipe=RECIPE)
 PREPARE_SHORT = f"""
 import sys
+from dataclasses import replace
 from pathlib import Path
+from treepo_async.tiny.built_in import BUILT_INS
 from treepo_async.tiny.cache import prepare
 from treepo_async.tiny.recipe import Recipe
-print(prepare(Path(sys.argv[1]), 0, recipe={SHORT!r}))
+short = replace(BUILT_INS["tiny"], recipe={RECIPE!r})
+print(prepare(Path(sys.argv[1]), 0, built_in=short))
 """
 
 
@@ -26,7 +32,7 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return prepare(tmp_path_factory.mktemp("cache"), 0, recipe=SHORT)
+    return prepare(tmp_path_factory.mktemp("cache"), 0, built_in=SHORT)
 
 
 def test_the_folder_is_complete_and_nothing_else_is_left_behind(folder):
@@ -53,7 +59,7 @@ def test_every_step_is_reported(tmp_path):
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder, tmp_path):
-    same, other = (prepare(tmp_path, seed, recipe=SHORT) for seed in (0, 1))
+    same, other = (prepare(tmp_path, seed, built_in=SHORT) for seed in (0, 1))
     assert same.name == folder.name
     assert weights(same) == weights(folder)
     assert weights(other) != weights(folder)
@@ -62,13 +68,25 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder, tm
 @pytest.mark.parametrize(
     "changed",
     [
-        {"recipe": replace(SHORT, p_slip=0.5)},
-        {"recipe": SHORT, "architecture": replace(DEFAULT_ARCHITECTURE, num_layers=4)},
+        {"built_in": replace(SHORT, recipe=replace(RECIPE, p_slip=0.5))},
+        {"built_in": SHORT, "architecture": replace(DEFAULT_ARCHITECTURE, num_layers=4)},
+        {"built_in": replace(SHORT, task=BUILT_INS[TINY_CHAIN].task)},
     ],
-    ids=["recipe", "architecture"],
+    ids=["recipe", "architecture", "task"],
 )
 def test_whatever_decides_the_weights_decides_the_name(folder, changed):
     assert prepare(folder.parent, 0, **changed) != folder
+
+
+def test_the_folder_is_named_after_the_task(tmp_path):
+    chain = replace(BUILT_INS[TINY_CHAIN], recipe=RECIPE)
+    assert prepare(tmp_path, 0, built_in=chain).name == (
+        f"tiny-chain-{content_hash(chain, DEFAULT_ARCHITECTURE, 0)}"
+    )
+
+
+def test_models_cached_by_earlier_versions_are_found():
+    assert content_hash(BUILT_INS[TINY], DEFAULT_ARCHITECTURE, 0) == "3d612e1d134b4f23"
 
 
 def test_a_failing_build_leaves_nothing_behind(tmp_path):
@@ -84,7 +102,7 @@ def test_a_half_built_folder_is_replaced(folder, tmp_path):
     broken = tmp_path / folder.name
     broken.mkdir()
     (broken / "config.json").write_text("{}")
-    assert prepare(tmp_path, 0, recipe=SHORT) == broken
+    assert prepare(tmp_path, 0, built_in=SHORT) == broken
     assert weights(broken) == weights(folder)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
 
@@ -107,7 +125,7 @@ def test_two_processes_preparing_at_once_end_with_one_good_folder(folder, tmp_pa
 def test_the_loser_of_the_race_uses_the_winners_folder(folder, tmp_path):
     def overtake(step, num_steps, loss):
         if step == num_steps:
-            prepare(tmp_path, 0, recipe=SHORT)
+            prepare(tmp_path, 0, built_in=SHORT)
 
     assert weights(prepare(tmp_path, 0, overtake, SHORT)) == weights(folder)
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]

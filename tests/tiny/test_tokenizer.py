@@ -5,7 +5,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_async.tiny.recipe import DEFAULT_ARCHITECTURE
-from treepo_async.tiny.task import demonstration
 from treepo_async.tiny.tokenizer import (
     EOS_TOKEN,
     EOS_TOKEN_ID,
@@ -30,12 +29,6 @@ def test_any_text_comes_back_in_normal_form_c(text):
 def test_small_numbers_and_the_box_are_single_tokens(text):
     assert len(TOKENIZER.encode(text).ids) == 1
     assert TOKENIZER.encode(f"={text}\n").tokens[1] == text
-
-
-def test_a_demonstration_is_a_few_dozen_tokens():
-    for index in range(200):
-        response = demonstration(0, index, p_hurried=0.42, p_slip=0.02).response
-        assert 20 <= len(TOKENIZER.encode(response).ids) <= 70
 
 
 def test_ids_fit_the_model_and_the_end_token_is_skipped_when_decoding():

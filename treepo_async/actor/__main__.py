@@ -19,6 +19,7 @@ from treepo_async.data.source import open_source
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.engine.client import EngineClient, SamplingSettings
 from treepo_async.engine.gate import GateClient
+from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.metrics.events import emit
 from treepo_async.metrics.role import run_role
 from treepo_async.scoring.boxed import boxed_end
@@ -55,6 +56,7 @@ async def main(wiring: Wiring) -> None:
             namespace=wiring.run_id,
             vocab_size=model["vocab_size"],
             request_timeout_s=config.engine.request_timeout_s,
+            update_mode=UpdateMode(config.engine.update_mode),
         )
         await replay.hello(
             name=wiring.role, run_id=wiring.run_id, timeout_s=config.cluster.start_timeout_s
@@ -62,7 +64,11 @@ async def main(wiring: Wiring) -> None:
         emit("ready")
         reward = config.reward
         scoring = RewardSettings(
-            get_scorer(reward.scorer), reward.correct, reward.wrong, reward.timeout_s
+            get_scorer(reward.scorer),
+            reward.correct,
+            reward.wrong,
+            reward.timeout_s,
+            reward.shuffle,
         )
         worker = Worker(wiring.role, replay, engine, settings, scoring, config.seed)
         async with asyncio.TaskGroup() as tasks:
@@ -119,6 +125,7 @@ def _evaluator(
         source.heldout(config.eval.problems),
         settings,
         scorer=get_scorer(config.reward.scorer),
+        num_samples=config.eval.samples,
         timeout_s=config.eval.timeout_s,
     )
 

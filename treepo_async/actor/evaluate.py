@@ -1,13 +1,15 @@
-"""Held-out accuracy of a pinned policy version, sampled and greedy, outside of leases and training.
+"""Held-out accuracy of a pinned policy version: sampled, best of k, greedy; outside of leases and training.
 
 The engine host holds the version from the moment it opens the gate with `evaluate` until `Evaluated`. Waits: for
 such a gate (the host), for completions (the engine client has the deadline), `timeout_s` for one evaluation.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from treepo_async.actor.expand import Engine, ExpandSettings
 from treepo_async.engine.client import all_of
@@ -15,6 +17,7 @@ from treepo_async.engine.gate import GateClient
 from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.metrics.events import emit
 from treepo_async.scoring.registry import Scorer, score
+from treepo_async.tree.cut import Run
 from treepo_async.tree.stopping import find_stop
 from treepo_async.types import PolicyVersion, Prompt
 
@@ -30,6 +33,7 @@ class Evaluator:
         settings: ExpandSettings,
         *,
         scorer: Scorer,
+        num_samples: int,
         timeout_s: float,
     ) -> None:
         """Prepare.
@@ -40,10 +44,12 @@ class Evaluator:
             problems: the held-out set.
             settings: of the trees; responses have their temperature, limit and stops.
             scorer: response and answer to accuracy.
+            num_samples: responses sampled for each problem, beside the greedy one.
             timeout_s: of one evaluation.
         """
         self._engine, self._gate, self._problems = engine, gate, problems
-        self._settings, self._scorer, self._timeout_s = settings, scorer, timeout_s
+        self._settings, self._scorer = settings, scorer
+        self._num_samples, self._timeout_s = num_samples, timeout_s
 
     async def run(self) -> None:
         """Evaluate for ever."""
@@ -59,44 +65,59 @@ class Evaluator:
 
     async def _evaluate(self, version: PolicyVersion) -> None:
         begin = time.monotonic()
+        temperature = self._settings.sampling.temperature
         sampled, greedy = await all_of(
-            self._accuracies(temperature, version)
-            for temperature in (self._settings.sampling.temperature, 0.0)
+            (
+                self._accuracies(version, temperature, self._num_samples),
+                self._accuracies(version, 0.0, 1),
+            )
         )
+        best = {"pass_at_k": fmean(max(each) for each in sampled)} if self._num_samples > 1 else {}
         emit(
             "eval",
             version=str(version),
             step=version.step,
             num_problems=len(self._problems),
-            sampled_accuracy=_mean(sampled),
-            greedy_accuracy=_mean(greedy),
+            num_samples=self._num_samples,
+            sampled_accuracy=fmean(accuracy for each in sampled for accuracy in each),
+            **best,
+            greedy_accuracy=fmean(accuracy for each in greedy for accuracy in each),
             seconds=time.monotonic() - begin,
         )
 
-    async def _accuracies(self, temperature: float, version: PolicyVersion) -> list[float]:
+    async def _accuracies(
+        self, version: PolicyVersion, temperature: float, num_samples: int
+    ) -> list[list[float]]:
+        """Of each problem, the accuracies of its samples."""
         return await all_of(
-            self._accuracy(problem, temperature, version) for problem in self._problems
+            self._problem_accuracies(problem, version, temperature, num_samples)
+            for problem in self._problems
         )
 
-    async def _accuracy(self, problem: Prompt, temperature: float, version: PolicyVersion) -> float:
-        growth, stops = self._settings.growth, self._settings.stops
-        (completion,) = await self._engine.extend(
+    async def _problem_accuracies(
+        self, problem: Prompt, version: PolicyVersion, temperature: float, num_samples: int
+    ) -> list[float]:
+        completions = await self._engine.extend(
             problem.token_ids.tolist(),
-            num_runs=1,
-            max_new_tokens=growth.limit,
+            num_runs=num_samples,
+            max_new_tokens=self._settings.growth.limit,
             sampling=replace(self._settings.sampling, temperature=temperature),
             least_step=version.step,
+            is_cached=False,
         )
-        if any(span.policy_version != version for span in completion.run.spans):
+        return await all_of(
+            self._accuracy(problem, completion.run, version) for completion in completions
+        )
+
+    async def _accuracy(self, problem: Prompt, run: Run, version: PolicyVersion) -> float:
+        if any(span.policy_version != version for span in run.spans):
             raise EngineError(f"policy {version} was replaced while it was evaluated")
-        tokens = completion.run.token_ids.tolist()
-        stop = find_stop(stops, [], tokens, start=0, segment_tokens=growth.segment_tokens)
+        stops, tokens = self._settings.stops, run.token_ids.tolist()
+        segment_tokens = self._settings.growth.segment_tokens
+        stop = find_stop(stops, [], tokens, start=0, segment_tokens=segment_tokens)
         kept = len(tokens) if stop is None else stop[0]
-        # in a thread: a user's scorer may be slow, and the gate must be answered meanwhile
         response = stops.decode(tokens[:kept])
-        return await asyncio.to_thread(score, self._scorer, response, problem.answer)
-
-
-def _mean(accuracies: Sequence[float]) -> float:
-    """A failed score counts as wrong here: an evaluation may not lose problems."""
-    return sum(a for a in accuracies if a == a) / len(accuracies)
+        # in a thread: a user's scorer may be slow, and the gate must be answered meanwhile
+        accuracy = await asyncio.to_thread(score, self._scorer, response, problem.answer)
+        # a failed score counts as wrong here: an evaluation may not lose problems
+        return 0.0 if math.isnan(accuracy) else accuracy

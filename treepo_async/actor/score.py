@@ -1,6 +1,8 @@
 """From grown segments to a scored tree: text is made here, for the scorer only."""
 
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -47,6 +49,15 @@ def score_tree(
     )
     tree.check()
     return tree
+
+
+def shuffled(tree: Tree, rng: random.Random) -> Tree:
+    """The tree with its scores permuted among its leaves: the control that has nothing to learn from.
+
+    A leaf gets the reward and the accuracy of one other leaf, or its own, a failed score's NaNs included.
+    """
+    order = rng.sample(range(len(tree.leaves)), len(tree.leaves))
+    return replace(tree, rewards_L=tree.rewards_L[order], accuracies_L=tree.accuracies_L[order])
 
 
 def _none(segments: tuple[Segment, ...]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:

@@ -13,7 +13,7 @@ from functools import partial
 
 from treepo_async.actor.expand import Engine, ExpandSettings, expand
 from treepo_async.actor.replay_client import ReplayClient, is_lost, prompt_of
-from treepo_async.actor.score import score_tree
+from treepo_async.actor.score import score_tree, shuffled
 from treepo_async.engine.client import all_of
 from treepo_async.errors import DeadlineError, EngineError, RefusedError
 from treepo_async.scoring.registry import Scorer
@@ -35,6 +35,8 @@ class RewardSettings:
     wrong: float
     timeout_s: float
     """Of one tree; a thread that hangs beyond it is left behind."""
+    shuffle: bool = False
+    """Permute the scores of each tree among its leaves: a control run."""
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Worker:
             prompt,
             self.engine,
             self.settings,
-            random.Random(f"{self.seed}/{lease.lease_id}/{lease.attempt}"),
+            self._rng(lease),
             lease_id=lease.lease_id,
             actor=self.name,
             least_step=lease.least_step,
@@ -107,10 +109,15 @@ class Worker:
         try:
             # in a thread: a user's scorer may be slow, and other trees go on growing meanwhile
             async with asyncio.timeout(self.reward.timeout_s):
-                return await asyncio.to_thread(score)
+                tree = await asyncio.to_thread(score)
         except TimeoutError as error:
             wait = f"the scores of {prompt.id}"
             raise DeadlineError(wait, "reward.scorer", self.reward.timeout_s) from error
+        return shuffled(tree, self._rng(lease, "shuffle")) if self.reward.shuffle else tree
+
+    def _rng(self, lease: Leased, *purpose: str) -> random.Random:
+        """The same for the same lease, whoever holds it."""
+        return random.Random("/".join([f"{self.seed}/{lease.lease_id}/{lease.attempt}", *purpose]))
 
     async def _beat(self) -> None:
         while True:

@@ -5,18 +5,21 @@ when those weights were passed over, with the next step.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from treepo_async.metrics.console import alarm_line, eval_line, step_line
-from treepo_async.metrics.record import Recorder
+from treepo_async.metrics.record import Recorder, eval_record
 from treepo_async.metrics.sinks import Sink
 
 Event = dict[str, Any]
 
-KEPT = ("ready", "weights", "eval", "alarm", "failed", "done")
+KEPT = ("started", "ready", "rank", "weights", "saved", "eval", "alarm", "failed", "done")
 """Events that go to the event log."""
+FIRST_ENGINE = "engine-0"
+"""Whose change of weights goes into the record of a step; the event log has those of all engines."""
 QUIET_S = 30.0
 """After this long without a line, it is said what is waited for."""
 
@@ -40,6 +43,10 @@ class Narrator:
     """The learner's last event."""
     evaluated_step: int = -1
     """Newest policy step whose evaluation has ended, well or not."""
+    _pids: dict[str, int] = field(default_factory=dict)
+    """Of every process that was told of: roles, and the learner's ranks."""
+    _finished: Counter[str] = field(default_factory=Counter)
+    """Leases that each actor brought to their end."""
     _recorder: Recorder = field(default_factory=Recorder)
     _held_step: Event | None = None
     """A `step` that waits for the `weights` of its version."""
@@ -55,6 +62,7 @@ class Narrator:
             self.log.write({"time": time.time(), "role": role, **event})
         handle = {
             "ready": self._on_ready,
+            "rank": self._on_rank,
             "failed": self._on_failed,
             "alarm": self._on_alarm,
             "done": self._on_done,
@@ -62,7 +70,12 @@ class Narrator:
         if handle is not None:
             handle(role, event)
         else:
-            self._on_measured(kind, event)
+            self._on_measured(role, kind, event)
+
+    def on_start(self, role: str, pid: int) -> None:
+        """A role's process was started."""
+        self._pids[role] = pid
+        self.log.write({"time": time.time(), "role": role, "event": "started", "pid": pid})
 
     def line(self, text: str) -> None:
         """Say a line, with the time since the start."""
@@ -84,6 +97,7 @@ class Narrator:
             return
         its_own = weights is not None and weights["step"] == held["policy_step"]
         record = self._recorder.step(held, weights if its_own else None)
+        record |= {"pids": dict(self._pids), "leases_by_actor": dict(self._finished)}
         self._held_step = None
         self.line(step_line(record, self.num_steps))
         self._write(record)
@@ -91,6 +105,9 @@ class Narrator:
     def _on_ready(self, role: str, _: Event) -> None:
         self.ready.add(role)
         self.line(f"ready {role} after {self.seconds():.0f} s")
+
+    def _on_rank(self, role: str, event: Event) -> None:
+        self._pids[f"{role}/rank-{event['rank']}"] = event["pid"]
 
     def _on_failed(self, role: str, event: Event) -> None:
         self.failures[role] = event["cause"]
@@ -102,9 +119,10 @@ class Narrator:
         if role.startswith("learner"):
             self.done = event
 
-    def _on_measured(self, kind: str, event: Event) -> None:
+    def _on_measured(self, role: str, kind: str, event: Event) -> None:
         match kind:
             case "tree":
+                self._finished[event["actor"]] += 1
                 self._recorder.tree(event)
             case "engine":
                 self._recorder.engine(event)
@@ -112,12 +130,12 @@ class Narrator:
                 self.flush_step()
                 self._held_step = event
                 self._match_weights()
-            case "weights":
+            case "weights" if role == FIRST_ENGINE:
                 self._weights = event
                 self._match_weights()
             case "eval":
                 self.line(eval_line(event))
-                self._write(_eval_record(event))
+                self._write(eval_record(event))
             case "evaluated":
                 self.evaluated_step = event["step"]
             case "waiting":
@@ -137,13 +155,3 @@ class Narrator:
     def _write(self, record: dict[str, Any]) -> None:
         for sink in self.sinks:
             sink.write(record)
-
-
-def _eval_record(event: Event) -> dict[str, Any]:
-    return {
-        "step": event["step"],
-        "time": time.time(),
-        "eval/sampled_accuracy": event["sampled_accuracy"],
-        "eval/greedy_accuracy": event["greedy_accuracy"],
-        "eval/seconds": event["seconds"],
-    }

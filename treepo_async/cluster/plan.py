@@ -11,7 +11,8 @@ from treepo_async.config.wiring import Wiring
 from treepo_async.process import free_ports
 from treepo_async.types import Prompt
 
-ACTOR_RESTARTS = 3
+ROLE_RESTARTS = 3
+"""Of each role, after it was killed."""
 PROMPT_CHARACTERS = 80
 
 
@@ -23,41 +24,58 @@ class Plan:
     run_dir: Path
     model_dir: Path
     roles: tuple[RoleSpec, ...]
+    resume_step: int | None = None
+    """Policy step of the checkpoint it goes on from."""
 
 
-def make_plan(config: Config, *, run_dir: Path, model_dir: Path) -> Plan:
-    """Name, number and wire the roles of a run."""
+def make_plan(
+    config: Config, *, run_dir: Path, model_dir: Path, resume_step: int | None = None
+) -> Plan:
+    """Name, number and wire the roles of a run.
+
+    Args:
+        config: of the run.
+        run_dir: of the run.
+        model_dir: the initial model.
+        resume_step: policy step of the checkpoint to go on from.
+    """
     run_id = secrets.token_hex(4)
-    replay_port, gate_port, engine_port = free_ports(3)
+    replay_port, *engine_ports = free_ports(1 + 2 * config.engines)
     shared = Wiring(
         run_id=run_id,
         run_dir=str(run_dir.resolve()),
         model_dir=str(model_dir.resolve()),
         replay_endpoint=f"tcp://127.0.0.1:{replay_port}",
-        gate_endpoint=f"tcp://127.0.0.1:{gate_port}",
-        engine_url=f"http://127.0.0.1:{engine_port}",
+        gate_endpoint="",
+        engine_url="",
         role="",
+        resume_step=resume_step,
     )
 
-    def role(kind: str, index: int, cpu_threads: int = 1, max_restarts: int = 0) -> RoleSpec:
-        name = f"{kind}-{index}"
-        return RoleSpec(
-            name, kind, replace(shared, role=name, index=index), cpu_threads, max_restarts
+    def role(kind: str, index: int, cpu_threads: int = 1) -> RoleSpec:
+        name, engine = f"{kind}-{index}", index % config.engines
+        gate_port, engine_port = engine_ports[2 * engine : 2 * engine + 2]
+        wiring = replace(
+            shared,
+            role=name,
+            index=index,
+            gate_endpoint=f"tcp://127.0.0.1:{gate_port}",
+            engine_url=f"http://127.0.0.1:{engine_port}",
         )
+        is_actor = kind == "actor"
+        return RoleSpec(name, kind, wiring, cpu_threads, ROLE_RESTARTS, survives_failure=is_actor)
 
-    actors = (
-        role("actor", i, config.actor.cpu_threads, ACTOR_RESTARTS) for i in range(config.actors)
-    )
     return Plan(
         run_id,
         run_dir,
         model_dir,
         (
-            role("engine", 0),
+            *(role("engine", i) for i in range(config.engines)),
             role("learner", 0, config.learner.cpu_threads),
             role("replay", 0),
-            *actors,
+            *(role("actor", i, config.actor.cpu_threads) for i in range(config.actors)),
         ),
+        resume_step,
     )
 
 
@@ -68,8 +86,9 @@ def describe(config: Config, plan: Plan, prompt: Prompt) -> str:
     kinds: dict[str, int] = {}
     for role in plan.roles:
         kinds[role.module] = kinds.get(role.module, 0) + 1
+    resumed = "" if plan.resume_step is None else f", resumed at step {plan.resume_step}"
     lines = [
-        ("run", f"{plan.run_dir} (seed {config.seed})"),
+        ("run", f"{plan.run_dir} (seed {config.seed}{resumed})"),
         ("model", f"{config.model.path} at {plan.model_dir}"),
         ("data", f"{config.data.path}, scored by {config.reward.scorer}"),
         ("prompt", f"{_short(prompt.text)!r} ({len(prompt.token_ids)} tokens), e.g. {prompt.id}"),

@@ -9,11 +9,12 @@ from typing import Any
 
 from treepo_async.config.command_line import to_yaml
 from treepo_async.config.limits import ARCHITECTURES, context_length, prompt_limit, response_limit
-from treepo_async.config.schema import TINY, Config
+from treepo_async.config.schema import Config
 from treepo_async.data.source import PromptSource, open_source
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import ConfigError, DataError
 from treepo_async.scoring.registry import get_scorer
+from treepo_async.tiny.built_in import BUILT_INS
 from treepo_async.tiny.cache import prepare
 from treepo_async.types import Prompt
 
@@ -24,19 +25,19 @@ MAX_TRIED = 100
 def prepare_model(
     path: str, *, cache_dir: Path, seed: int, report: Callable[[int, int, float], None]
 ) -> Path:
-    """The folder of the initial model: a local one, the tiny one (trained if needed), or a downloaded one.
+    """The folder of the initial model: a local one, a built-in one (trained if needed), or a downloaded one.
 
     Raises:
         ConfigError: there is no such folder, and no model of that name can be had.
     """
-    if path == TINY:
-        return prepare(cache_dir, seed, report)
+    if path in BUILT_INS:
+        return prepare(cache_dir, seed, report, BUILT_INS[path])
     folder = Path(path)
     if folder.is_dir():
         return folder
     if path.count("/") != 1:
         raise ConfigError(
-            f"model.path={path} is no folder, not 'tiny', and no hub id of the form owner/name"
+            f"model.path={path} is no folder, not {' or '.join(BUILT_INS)}, and no hub id of the form owner/name"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -90,23 +91,15 @@ def choose_run_dir(wanted: str | None) -> Path:
 
     Args:
         wanted: the key `run_dir`; None names a folder by the time.
-
-    Raises:
-        ConfigError: it holds another run already.
     """
-    run_dir = Path(wanted or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
-    if (run_dir / "config.yaml").exists():
-        raise ConfigError(
-            f"run_dir={run_dir} holds a run already, and runs cannot be resumed yet; name another folder"
-        )
-    return run_dir
+    return Path(wanted or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def make_run_dir(run_dir: Path, config: Config, model: Mapping[str, Any]) -> None:
     """Make the run's folder and save the config in it, with what it left open filled in.
 
     Args:
-        run_dir: new.
+        run_dir: new, or of the run that is resumed.
         config: of the run.
         model: the model's `config.json`.
     """

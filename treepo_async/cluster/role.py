@@ -31,7 +31,9 @@ class RoleSpec:
     wiring: Wiring
     cpu_threads: int
     max_restarts: int = 0
-    """How often it is started again after it died."""
+    """How often it is started again after it was killed."""
+    survives_failure: bool = False
+    """Whether it is also started again when it ended by itself, with a reason."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The driver's loop: start every role, hand on what they tell, end with the run or with the first death for good.
 
 Waits: for all roles to be ready (`start_timeout_s`), for the learner's `done`, then for the evaluation of the last
-version (`eval_timeout_s`). A role that dies is started again as often as its spec allows; else the run ends with a
-RoleError that carries its last lines. The first Ctrl-C ends the run in order, the second one at once.
+version (`eval_timeout_s`). A role that is killed is started again as often as its spec allows, and goes on where the
+run stands; one that ends by itself had a reason, and the run ends with a RoleError that carries its last lines. The first Ctrl-C ends the run in order, the second one at once.
 """
 
 import signal
@@ -81,7 +81,7 @@ class Supervisor:
             self._hosts[spec.name] = remote.remote(spec, self._log_file(spec.name).resolve())
         starts = {name: host.start.remote() for name, host in self._hosts.items()}
         for name, start in starts.items():
-            self._get(name, start)
+            self.narrator.on_start(name, self._get(name, start))
 
     def _watch_until_done(self) -> dict[str, Any]:
         """Watch until the learner is done. Gives its last event."""
@@ -158,10 +158,13 @@ class Supervisor:
         cause = _cause(report.exit_code)
         if spec.name in self.narrator.failures:
             cause = f"{cause}: {self.narrator.failures.pop(spec.name)}"
-        if self._num_deaths[spec.name] > spec.max_restarts:
+        was_killed = report.exit_code is not None and report.exit_code < 0
+        may_restart = was_killed or spec.survives_failure
+        if not may_restart or self._num_deaths[spec.name] > spec.max_restarts:
             raise RoleError(spec.name, cause, report.tail)
         self.narrator.line(f"{spec.name} {cause}; starting it again (see logs/{spec.name}.log)")
-        self._get(spec.name, self._hosts[spec.name].start.remote())
+        pid = self._get(spec.name, self._hosts[spec.name].start.remote())
+        self.narrator.on_start(spec.name, pid)
 
     def _stop_all(self) -> None:
         """End all roles at once: an actor that waits for the engine's answer hears at once that it has gone."""

@@ -31,15 +31,17 @@ def knobs(section: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
             yield prefix + entry.name, entry
 
 
-TINY = "tiny"
-"""Names the built-in model, and the built-in task."""
+TINY, TINY_CHAIN = BUILT_IN = ("tiny", "tiny-chain")
+"""Built-in tasks; each name is also that of the model that was warm-started on the task."""
 
 
 @dataclass
 class ModelConfig:
     """The model that is trained."""
 
-    path: str = knob(TINY, "'tiny' (built and cached here), a Hugging Face folder, or a hub id")
+    path: str = knob(
+        TINY, "tiny or tiny-chain (built and cached here), a Hugging Face folder, or a hub id"
+    )
     dtype: str = knob("float32", "of the engine and the learner", choices=("float32",))
 
 
@@ -47,7 +49,9 @@ class ModelConfig:
 class DataConfig:
     """Where prompts come from."""
 
-    path: str = knob(TINY, "'tiny', a .jsonl or .parquet file, or a Hugging Face dataset id")
+    path: str = knob(
+        TINY, "tiny or tiny-chain, a .jsonl or .parquet file, or a Hugging Face dataset id"
+    )
     eval_path: str | None = knob(
         None, "held-out problems; default: a fixed part of data.path that is never trained"
     )
@@ -59,7 +63,7 @@ class DataConfig:
     )
     instruction: str = knob(
         "\nReason step by step and put the final answer in \\boxed{}.",
-        "appended to each question (not for the built-in task)",
+        "appended to each question (not for the built-in tasks)",
     )
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted", at_least=1)
     epochs: int | None = knob(
@@ -111,6 +115,11 @@ class RewardConfig:
     timeout_s: float = knob(30.0, "scoring one tree; beyond it the prompt is tried again", above=0)
     correct: float = knob(1.0, "reward of accuracy 1")
     wrong: float = knob(-1.0, "reward of accuracy 0")
+    shuffle: bool = knob(
+        False,
+        "control run: rewards and accuracies of a tree are permuted among its leaves, "
+        "so nothing can be learned from them",
+    )
 
 
 @dataclass
@@ -132,6 +141,14 @@ class EngineConfig:
         60.0,
         "running requests may take this long to end before new weights",
         above=0,
+    )
+    update_mode: str = knob(
+        "drain",
+        "requests that run when new weights come: drain: end first; retract: go on with a KV cache "
+        "computed again; in_place: go on with the old KV cache, marked mixed_context. The last two "
+        "start SGLang without overlap scheduling, which blurs the token at which the weights "
+        "changed, and with the policy fcfs, so that the proof of the weights has priority",
+        choices=("drain", "retract", "in_place"),
     )
     update_timeout_s: float = knob(60.0, "loading new weights", above=0)
     max_restarts: int = knob(3, "after that the run ends", at_least=0)
@@ -210,6 +227,25 @@ class LearnerConfig:
         600.0, "longest wait for one batch; the run ends beyond it", above=0
     )
     cpu_threads: int = knob(1, "torch threads of a rank", at_least=1)
+    sequence_parallel: bool = knob(
+        True, "tensor-parallel ranks also divide norms and residuals by tokens; acts with tp > 1"
+    )
+    group_timeout_s: float = knob(
+        120.0,
+        "longest wait of a collective: a rank that hangs is noticed by then, one that dies at once",
+        above=10,
+    )
+    max_restarts: int = knob(
+        3, "starts of all ranks after one died, from the newest checkpoint", at_least=0
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    """What a run can go on from: weights, optimizer, random state, place in the data."""
+
+    every: int = knob(10, "steps between checkpoints (also after the last)", at_least=1)
+    keep: int = knob(2, "newest checkpoints that are kept", at_least=1)
 
 
 @dataclass
@@ -217,11 +253,12 @@ class EvalConfig:
     """Held-out accuracy at a pinned policy version."""
 
     every: int = knob(
-        10,
+        20,
         "steps between evaluations (also before the first and after the last); 0: never",
         at_least=0,
     )
     problems: int = knob(64, "held-out problems", at_least=1)
+    samples: int = knob(8, "sampled responses of each problem, beside the greedy one", at_least=1)
     timeout_s: float = knob(300.0, "one evaluation; given up beyond it", above=0)
 
 
@@ -253,6 +290,7 @@ class Config:
     """A run. Sections are set as `section.key=value`."""
 
     actors: int = knob(2, "actor processes", at_least=1)
+    engines: int = knob(1, "SGLang servers; actor i uses engine i modulo engines", at_least=1)
     steps: int = knob(60, "optimizer steps", at_least=1)
     seed: int = knob(
         0,
@@ -261,6 +299,9 @@ class Config:
         at_least=0,
     )
     run_dir: str | None = knob(None, "default: runs/<date>-<time>")
+    resume: bool = knob(
+        True, "go on with the run that run_dir holds, with its config; false: refuse such a folder"
+    )
     cache_dir: str = knob(".cache/treepo_async", "tiny model, Ray's token file")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -270,6 +311,7 @@ class Config:
     actor: ActorConfig = field(default_factory=ActorConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

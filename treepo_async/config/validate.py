@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from operator import attrgetter
 
 from treepo_async.config.layout import Layout
-from treepo_async.config.schema import TINY, Config, knobs
+from treepo_async.config.schema import BUILT_IN, Config, knobs
 from treepo_async.errors import ConfigError
 
 
@@ -51,8 +51,10 @@ def _check_combinations(config: Config) -> Iterator[str]:
             yield f"learner.{name}={getattr(learner, name)} must be at least 0 and below 1"
     if config.reward.correct <= config.reward.wrong:
         yield f"reward.correct={config.reward.correct} must be above reward.wrong={config.reward.wrong}"
-    if config.data.path == TINY and config.model.path != TINY:
-        yield f"data=tiny is the built-in task of model=tiny; give model={config.model.path} its own data=FILE"
+    data, model = config.data.path, config.model.path
+    if data in BUILT_IN and model != data:
+        own = model if model in BUILT_IN else "FILE"
+        yield f"data={data} is the built-in task of model={data}; give model={model} its own data={own}"
     yield from _check_deadlines(config)
     yield from _check_layout(learner.layout)
 
@@ -70,9 +72,6 @@ def _check_deadlines(config: Config) -> Iterator[str]:
 
 def _check_layout(text: str) -> Iterator[str]:
     try:
-        layout = Layout.parse(text)
+        Layout.parse(text)
     except ConfigError as error:
         yield str(error)
-        return
-    if layout.world_size > 1:
-        yield f"learner.layout={layout} needs {layout.world_size} ranks; this version runs one: learner=tp1"

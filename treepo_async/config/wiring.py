@@ -21,6 +21,8 @@ class Wiring:
     """Name of the process, e.g. `actor-0`."""
     index: int = 0
     """Its number among the processes of its kind."""
+    resume_step: int | None = None
+    """Policy step of the checkpoint that this run goes on from; None for a fresh run."""
 
     @property
     def config_file(self) -> Path:
@@ -31,6 +33,11 @@ class Wiring:
     def weights_dir(self) -> Path:
         """Where the learner publishes and the engine host looks."""
         return Path(self.run_dir) / "weights"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """Where the learner saves what it needs to go on."""
+        return Path(self.run_dir) / "checkpoints"
 
     def to_json(self) -> str:
         """One line that `parse` reads back."""

@@ -9,6 +9,7 @@ Invariant: with CUDA present neither torch nor Megatron is touched.
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from types import CodeType, FunctionType
@@ -43,6 +44,7 @@ def install() -> bool:
     _import_without_compile()
     for name in LITERAL_MODULES:
         _retarget_literals(name)
+    _ignore_generators()
     return True
 
 
@@ -71,6 +73,15 @@ def _import_without_compile() -> None:
                 import_module(f"megatron.core.{name}")
     finally:
         torch.compile = compile_function
+
+
+def _ignore_generators() -> None:
+    """Let dropout of probability 0 between sequence-parallel regions do without CUDA's random states.
+
+    It draws nothing, and models with dropout are refused.
+    """
+    random = import_module("megatron.core.tensor_parallel.random")
+    random.CudaRNGStatesTracker.fork = lambda self, *names: nullcontext()
 
 
 def _keep(function: Callable[..., Any] | None = None, **options: Any) -> Any:

@@ -13,11 +13,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from treepo_async.config.schema import TINY, DataConfig
+from treepo_async.config.schema import DataConfig
 from treepo_async.data.records import Record, Records, read_records
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import DataError
-from treepo_async.tiny import task
+from treepo_async.tiny.built_in import BUILT_INS, BuiltIn
+from treepo_async.tiny.task import Problem
 from treepo_async.types import Prompt
 
 HELDOUT_ONE_IN = 20
@@ -61,9 +62,9 @@ def open_source(
     """Open the source that the data section names.
 
     Args:
-        data: the section; `tiny` uses none of it but its path.
+        data: the section; a built-in task uses none of it but its path.
         tokenizer: of the model that is fed.
-        seed: of the order of records, or of the problems of `tiny`.
+        seed: of the order of records, or of the problems of a built-in task.
         max_prompt_tokens: longer prompts raise; the section's own limit may be larger than the model allows.
 
     Raises:
@@ -71,8 +72,8 @@ def open_source(
         DataError: no usable record, or none left to train on.
     """
     text = _PromptText(tokenizer, data.instruction, max_prompt_tokens)
-    if data.path == TINY:
-        return TinySource(text, seed)
+    if data.path in BUILT_INS:
+        return BuiltInSource(text, BUILT_INS[data.path], seed)
     fields = data.prompt_field, data.answer_field
     records = read_records(data.path, *fields)
     heldout = None if data.eval_path is None else read_records(data.eval_path, *fields)
@@ -101,27 +102,30 @@ class _PromptText:
         return Prompt(prompt_id, token_ids, text, answer)
 
 
-class TinySource:
-    """The built-in task: no end, no records, and a held-out split by construction."""
+class BuiltInSource:
+    """A built-in task: no end, no records, and a held-out split by construction."""
 
-    def __init__(self, text: _PromptText, seed: int) -> None:
+    def __init__(self, text: _PromptText, built_in: BuiltIn, seed: int) -> None:
         self._text = text
+        self._name, self._task = built_in.name, built_in.task
         self._seed = seed
         self.num_skipped = 0
         self.skipped: list[str] = []
 
     def prompt(self, index: int) -> Prompt:
         """The training problem at `index`; see `PromptSource.prompt`."""
-        problem = task.problem(self._seed, index, heldout=False)
-        return self._text.bare(f"tiny-train-{index}", problem.question + "\n", problem.answer)
+        problem = self._task.problem(self._seed, index, heldout=False)
+        return self._prompt(f"train-{index}", problem)
 
     def heldout(self, n: int) -> tuple[Prompt, ...]:
         """The first `n` held-out problems."""
-        problems = [task.problem(_HELDOUT_SEED, index, heldout=True) for index in range(n)]
+        problems = [self._task.problem(_HELDOUT_SEED, index, heldout=True) for index in range(n)]
         return tuple(
-            self._text.bare(f"tiny-heldout-{index}", problem.question + "\n", problem.answer)
-            for index, problem in enumerate(problems)
+            self._prompt(f"heldout-{index}", problem) for index, problem in enumerate(problems)
         )
+
+    def _prompt(self, number: str, problem: Problem) -> Prompt:
+        return self._text.bare(f"{self._name}-{number}", problem.question + "\n", problem.answer)
 
 
 class RecordSource:

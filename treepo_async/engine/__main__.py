@@ -15,6 +15,7 @@ from treepo_async.config.wiring import Wiring
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.host import Host, HostRules
 from treepo_async.engine.server import Server, ServerOptions
+from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.metrics.role import run_role
 from treepo_async.weights.store import WeightStore
 
@@ -31,7 +32,7 @@ async def main(wiring: Wiring) -> None:
             store=WeightStore(wiring.weights_dir, keep=config.replay.max_staleness + 3),
             rules=_host_rules(config),
             base_dir=Path(wiring.model_dir),
-            evaluate_first=config.eval.every > 0,
+            evaluates=wiring.index == 0 and config.eval.every > 0,
         )
         try:
             await host.run()
@@ -50,11 +51,13 @@ def _server_options(config: Config, wiring: Wiring) -> ServerOptions:
         max_running_requests=config.engine.max_running_requests,
         prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
         log_file=Path(wiring.run_dir) / "logs" / f"sglang-{wiring.index}.log",
+        updates_under_load=config.engine.update_mode != UpdateMode.DRAIN,
     )
 
 
 def _host_rules(config: Config) -> HostRules:
     return HostRules(
+        update_mode=UpdateMode(config.engine.update_mode),
         start_timeout_s=config.engine.start_timeout_s,
         drain_timeout_s=config.engine.drain_timeout_s,
         update_timeout_s=config.engine.update_timeout_s,

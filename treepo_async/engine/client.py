@@ -1,9 +1,10 @@
 """What actors use of an engine: extend a prefix by n runs, in tokens, under one policy version each.
 
 Every request is a single completion with its own id of fixed length (SGLang aborts by prefix of the id) and with
-the policy version in its cache namespace, so that no request reads KV entries of other weights. Waits: for the
-gate (see `gate`) and for each answer (`request_timeout_s`; SGLang ends it, and a request that outlived it is tried
-again).
+the policy version in its cache namespace, so that a request submitted under new weights reads no KV entries of
+others. Waits: for the gate (see `gate`; also before an answer counts that names weights newer than those it was
+submitted under, as only an open gate says that they are proven) and for each answer (`request_timeout_s`; SGLang
+ends it, and a request that outlived it is tried again).
 """
 
 import asyncio
@@ -18,8 +19,9 @@ import aiohttp
 import numpy as np
 
 from treepo_async.engine.gate import GateClient
+from treepo_async.engine.update_mode import UpdateMode, version_spans
 from treepo_async.errors import DeadlineError, EngineError
-from treepo_async.tree.cut import Run, VersionSpan
+from treepo_async.tree.cut import Run
 from treepo_async.types import PolicyVersion
 
 T = TypeVar("T")
@@ -63,6 +65,7 @@ class EngineClient:
         namespace: str,
         vocab_size: int,
         request_timeout_s: float,
+        update_mode: UpdateMode = UpdateMode.DRAIN,
     ) -> None:
         """Prepare.
 
@@ -73,10 +76,12 @@ class EngineClient:
             namespace: first part of the cache namespace, one a run.
             vocab_size: ids outside of it are refused, as one of them would kill the server.
             request_timeout_s: of one completion.
+            update_mode: of the host.
         """
         self._url, self._gate, self._session = url, gate, session
         self._namespace, self._vocab_size = namespace, vocab_size
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_s)
+        self._update_mode = update_mode
 
     async def extend(
         self,
@@ -124,7 +129,9 @@ class EngineClient:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 async with self._gate.passage(least_step) as version:
-                    return await self._request(prefix, max_new_tokens, sampling, version)
+                    completion = await self._request(prefix, max_new_tokens, sampling, version)
+                    await self._check_proven(completion.run, version)
+                    return completion
             except DeadlineError:
                 raise
             except (aiohttp.ClientError, EngineError, TimeoutError) as error:
@@ -134,6 +141,11 @@ class EngineClient:
                     ) from error
                 await asyncio.sleep(RETRY_S)
         raise AssertionError("unreachable: the last attempt returns or raises")
+
+    async def _check_proven(self, run: Run, submitted: PolicyVersion) -> None:
+        newest = max((span.policy_version for span in run.spans), default=submitted)
+        if newest > submitted and not await self._gate.stands_by(newest):
+            raise EngineError(f"sampled under {newest}, which its host gave up")
 
     async def _request(
         self,
@@ -168,7 +180,7 @@ class EngineClient:
         if answer.status != 200:
             raise EngineError(f"SGLang answered {answer.status}: {raw[:300]!r}")
         try:
-            return _completion(json.loads(raw), version, wall_s=clock() - begin)
+            return _completion(json.loads(raw), version, self._update_mode, wall_s=clock() - begin)
         except (LookupError, TypeError, ValueError) as error:
             raise EngineError(f"SGLang's answer cannot be used: {error!r}") from error
 
@@ -194,17 +206,13 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _completion(answer: dict[str, Any], version: PolicyVersion, *, wall_s: float) -> Completion:
+def _completion(
+    answer: dict[str, Any], version: PolicyVersion, mode: UpdateMode, *, wall_s: float
+) -> Completion:
     meta = answer["meta_info"]
     if meta["finish_reason"]["type"] == "abort":
         raise EngineError(f"SGLang aborted the request: {meta['finish_reason'].get('message')}")
-    spans = tuple(
-        VersionSpan(PolicyVersion.parse(span["version"]), span["end"] - span["start"])
-        for span in meta.get("weight_versions", [])
-        if span["end"] > span["start"]
-    )
-    if any(span.policy_version != version for span in spans):
-        raise EngineError(f"sampled under {spans}, but submitted under {version}")
+    spans = version_spans(meta.get("weight_versions", []), version, mode)
     token_ids = np.array(answer["output_ids"], dtype=np.int32)
     logprobs = np.array([row[0] for row in meta["output_token_logprobs"]], dtype=np.float32)
     if not np.isfinite(logprobs).all():

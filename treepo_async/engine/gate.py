@@ -72,6 +72,15 @@ class GateClient:
             self._num_in_flight -= 1
             self._report_if_drained()
 
+    async def stands_by(self, version: PolicyVersion) -> bool:
+        """Whether the host has opened the gate under a version or a later one: it does so once they are proven.
+
+        Raises:
+            DeadlineError: the gate did not open in time.
+        """
+        await self._wait_open(0)
+        return self._version() >= version
+
     async def evaluated(self, version: PolicyVersion) -> None:
         """Tell the host that the evaluation of a version is done."""
         await self._host.tell(Evaluated(step=version.step))

@@ -1,12 +1,18 @@
 """The engine host: one supervised SGLang server, the gate before it, and the weights in it.
 
-    publication -> verify manifest -> close gate -> drained -> flush -> load -> probe -> open gate
+    publication -> verify manifest -> close gate -> drained -> flush -> load -> probe -> open gate    (drain)
+    publication -> verify manifest -> close gate -> pause -> load -> resume -> probe -> open gate     (retract, in_place)
+
+A paused server answers no probe, so requests that live through an update go on before the new weights are proven;
+their clients take no such answer until the gate opens (`GateClient.stands_by`).
 
 Waits, each with a deadline: for the server to start (`start_timeout_s`), for clients to drain (`drain_timeout_s`;
-what still runs then is aborted), for flush, load and probe (`update_timeout_s` each), for an evaluation
+what still runs then is aborted), for each call of an update (`update_timeout_s`), for an evaluation
 (`eval_timeout_s`). A publication that fails its checks never reaches the server; without a good one inside the
-staleness bound nobody could go on, so the host then ends with the reason. A server that dies, or that answers the
-probe as other weights would, is started again from the last folder that passed, and the publication is tried again.
+staleness bound nobody could go on, so the host then ends with the reason. A server that dies, that fails in an
+update, or that answers the probe as other weights would, is started again from the last folder that passed, and the
+publication is tried again. That also ends a pause: a server which failed in one may hold any weights, and must not
+go on with them.
 """
 
 import asyncio
@@ -20,6 +26,7 @@ import numpy as np
 
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.server import Server
+from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import EngineError, WeightsError
 from treepo_async.metrics.events import emit
 from treepo_async.types import PolicyVersion
@@ -44,6 +51,7 @@ log = logging.getLogger(__name__)
 class HostRules:
     """Deadlines and limits of a host."""
 
+    update_mode: UpdateMode
     start_timeout_s: float
     drain_timeout_s: float
     update_timeout_s: float
@@ -64,12 +72,13 @@ class Host:
     rules: HostRules
     base_dir: Path
     """The initial model: policy version 0.0."""
-    evaluate_first: bool
-    """Whether version 0.0 is evaluated."""
+    evaluates: bool
+    """Whether versions marked for it are evaluated on this server, and so held; version 0.0 is marked."""
     applied: PolicyVersion = BASE_VERSION
     refused: set[PolicyVersion] = field(default_factory=set)
     _checksum: str = ""
     """Of the applied weights, as the server loaded them."""
+    _base_checksum: str = ""
     _num_restarts: int = 0
 
     async def run(self) -> None:
@@ -83,9 +92,10 @@ class Host:
             self.base_dir, str(self.applied), timeout_s=self.rules.start_timeout_s
         )
         self._checksum = await self.server.checksum(timeout_s=self.rules.update_timeout_s)
+        self._base_checksum = self._checksum
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.keeper.serve(), name="gate")
-            await self._open(evaluate=self.evaluate_first)
+            await self._open(evaluate=self.evaluates)
             emit("ready", url=self.server.url, start_s=start_s)
             tasks.create_task(self._sample_idleness(), name="idleness")
             tasks.create_task(self._follow_store(), name="weights")
@@ -98,7 +108,7 @@ class Host:
                 await self._restart("SGLang died\n" + self.server.log_tail())
             if self.keeper.is_held():
                 continue
-            version = self.store.next_after(self.applied, without=self.refused)
+            version = self._next_version()
             if version is None:
                 continue
             try:
@@ -108,6 +118,13 @@ class Host:
                 continue
             await self._apply(version, manifest)
 
+    def _next_version(self) -> PolicyVersion | None:
+        if self.evaluates:
+            return self.store.next_after(self.applied, without=self.refused)
+        newer = set(self.store.versions()) - self.refused
+        newest = max(newer, default=self.applied)
+        return newest if newest > self.applied else None
+
     def _refuse(self, version: PolicyVersion, error: WeightsError) -> None:
         """Pass over a publication, unless no tree could be grown for the learner without it."""
         self.refused.add(version)
@@ -116,16 +133,13 @@ class Host:
             raise error
 
     async def _apply(self, version: PolicyVersion, manifest: Manifest) -> None:
-        """Change the weights between two requests, and prove it."""
+        """Change the weights while nobody submits, and prove it."""
         begin = time.monotonic()
         await self.keeper.close()
         try:
-            await self._drain(version)
+            await self._make_way(version)
             drained = time.monotonic()
-            await self.server.flush_cache(timeout_s=self.rules.update_timeout_s)
-            await self.server.load_weights(
-                self.store.path(version), str(version), timeout_s=self.rules.update_timeout_s
-            )
+            await self._load(version)
             loaded = time.monotonic()
             gap = await self._proven_gap(version, manifest.probe)
             self._checksum = await self.server.checksum(timeout_s=self.rules.update_timeout_s)
@@ -133,7 +147,7 @@ class Host:
             await self._restart(f"applying {version} failed: {error}")
             return
         self.applied = version
-        await self._open(evaluate=manifest.evaluate)
+        await self._open(evaluate=manifest.evaluate and self.evaluates)
         done = time.monotonic()
         emit(
             "weights",
@@ -145,6 +159,26 @@ class Host:
             pause_s=done - begin,
             gap=gap,
         )
+
+    async def _make_way(self, version: PolicyVersion) -> None:
+        """Leave no request running: ended (`DRAIN`) or paused."""
+        limit_s = self.rules.update_timeout_s
+        if self.rules.update_mode is UpdateMode.DRAIN:
+            await self._drain(version)
+            await self.server.flush_cache(timeout_s=limit_s)
+        else:
+            await self.server.pause(self.rules.update_mode.value, timeout_s=limit_s)
+
+    async def _load(self, version: PolicyVersion) -> None:
+        mode, limit_s = self.rules.update_mode, self.rules.update_timeout_s
+        await self.server.load_weights(
+            self.store.path(version),
+            str(version),
+            timeout_s=limit_s,
+            flush=mode is not UpdateMode.IN_PLACE,
+        )
+        if mode is not UpdateMode.DRAIN:
+            await self.server.resume(timeout_s=limit_s)
 
     async def _drain(self, version: PolicyVersion) -> None:
         if await self.keeper.drained(timeout_s=self.rules.drain_timeout_s):
@@ -177,7 +211,7 @@ class Host:
 
     async def _restart(self, cause: str) -> None:
         """Start the server again with the last weights that passed, behind a closed gate."""
-        evaluate = self.keeper.is_held()
+        held = self.applied if self.keeper.is_held() else None
         await self.keeper.close()
         while True:
             self._num_restarts += 1
@@ -189,11 +223,14 @@ class Host:
                 break
             except EngineError as error:
                 cause = str(error)
-        await self._open(evaluate=evaluate)
+        await self._open(evaluate=self.applied == held)
 
     async def _start_again(self) -> None:
         await self.server.stop()
-        folder = self.store.path(self.applied) if self.applied.step else self.base_dir
+        folder = self.base_dir if self.applied == BASE_VERSION else self.store.path(self.applied)
+        if not folder.is_dir():
+            # with several engines the learner publishes on while an evaluation holds this one back
+            self.applied, self._checksum, folder = BASE_VERSION, self._base_checksum, self.base_dir
         await self.server.start(folder, str(self.applied), timeout_s=self.rules.start_timeout_s)
         checksum = await self.server.checksum(timeout_s=self.rules.update_timeout_s)
         if checksum != self._checksum:

@@ -7,6 +7,7 @@ sglang.
 import asyncio
 import subprocess
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from treepo_async.errors import EngineError
 from treepo_async.process import start_child, stop_child
 
 POLL_S = 0.1
+SCORE_PRIORITY = 100
+"""Of a score; that of other requests is 0. SGLang lets a request take the place of another from a difference of 11."""
 STOP_S = 3.0
 """A server that is told to end drains its requests first; beyond this it is killed. It has nothing to lose."""
 
@@ -34,6 +37,8 @@ class ServerOptions:
     max_running_requests: int
     prefill_chunk_tokens: int
     log_file: Path
+    updates_under_load: bool = False
+    """Whether weights change while requests run or wait; see `command`."""
 
 
 def command(
@@ -43,6 +48,10 @@ def command(
 
     `lpm` groups requests by cached prefix, which the default policy does not; without `sleep-on-idle` an idle
     scheduler keeps a core busy; warm-up is left out because the first tree serves as well.
+
+    With updates under load the probe of new weights must not wait behind every request that came before it, so it
+    has a priority; SGLang knows priorities in `fcfs` alone. And overlap scheduling, which prepares a decode step
+    during the one before, would blur the token at which the weights changed.
     """
     flags = {
         "--model-path": str(model_dir),
@@ -52,7 +61,7 @@ def command(
         "--context-length": options.context_length,
         "--max-running-requests": options.max_running_requests,
         "--chunked-prefill-size": options.prefill_chunk_tokens,
-        "--schedule-policy": "lpm",
+        "--schedule-policy": "fcfs" if options.updates_under_load else "lpm",
         "--weight-version": weight_version,
         "--log-level": "warning",
     }
@@ -70,7 +79,12 @@ def command(
             "--attention-backend": "torch_native",
             "--sampling-backend": "pytorch",
         }
-        switches += ["--disable-cuda-graph", "--disable-overlap-schedule"]
+        switches += ["--disable-cuda-graph"]
+    if options.updates_under_load:
+        flags["--default-priority-value"] = 0
+        switches += ["--enable-priority-scheduling"]
+    if options.updates_under_load or not cuda:
+        switches += ["--disable-overlap-schedule"]
     pairs = [str(word) for flag in flags.items() for word in flag]
     return [*server_command(cuda), *pairs, *switches]
 
@@ -149,13 +163,33 @@ class Server:
         """
         await self.post(f"/flush_cache?timeout={timeout_s:g}", {}, timeout_s=timeout_s + 5)
 
-    async def load_weights(self, folder: Path, weight_version: str, *, timeout_s: float) -> None:
-        """Load a publication; only with no request running.
+    async def pause(self, mode: str, *, timeout_s: float) -> None:
+        """Stop decoding and take no request; those that run give up their KV cache (`retract`) or not (`in_place`).
+
+        Whoever waits for an answer then waits without end: follow it by `resume` or `stop`.
+        """
+        await self.post("/pause_generation", {"mode": mode}, timeout_s=timeout_s)
+
+    async def resume(self, *, timeout_s: float) -> None:
+        """Go on after `pause`."""
+        await self.post("/continue_generation", {}, timeout_s=timeout_s)
+
+    async def load_weights(
+        self, folder: Path, weight_version: str, *, timeout_s: float, flush: bool = True
+    ) -> None:
+        """Load a publication; only with no request running, or paused.
+
+        Args:
+            folder: of the publication.
+            weight_version: what tokens sampled from now on are said to be of.
+            timeout_s: of the call.
+            flush: also drop all cached prefixes; not possible after `pause("in_place")`, where SGLang would answer
+                with a failure and have swapped the weights all the same.
 
         Raises:
             EngineError: SGLang did not load it, or loaded it and kept old cache entries.
         """
-        body = {"model_path": str(folder), "weight_version": weight_version, "flush_cache": True}
+        body = {"model_path": str(folder), "weight_version": weight_version, "flush_cache": flush}
         answer = await self.post("/update_weights_from_disk", body, timeout_s=timeout_s)
         if answer.get("success") is not True:
             raise EngineError(f"SGLang refused {folder}: {answer.get('message')}")
@@ -168,9 +202,16 @@ class Server:
     async def score(
         self, sequences: Sequence[Sequence[int]], *, timeout_s: float
     ) -> list[list[float]]:
-        """Log-prob of each token but the first, per sequence, at temperature 1; bypasses the prefix cache."""
+        """Log-prob of each token but the first, per sequence, at temperature 1; reads nothing from the prefix cache.
+
+        With `updates_under_load` it goes before all other requests, and in the place of running ones if there is no
+        other; they go on after it. Its cache namespace is its own: a sequence longer than a prefill chunk would else
+        go on from the cache entries of a score under other weights.
+        """
         body = {
             "input_ids": [list(s) for s in sequences],
+            "extra_key": uuid.uuid4().hex,
+            "priority": SCORE_PRIORITY,
             "return_logprob": True,
             "logprob_start_len": 0,
             "sampling_params": {"max_new_tokens": 0, "temperature": 1.0},

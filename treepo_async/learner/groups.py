@@ -5,7 +5,8 @@ Neighbours: the worker opens them once per process before `step.build_learner`. 
 Invariant: every group has an explicit timeout, so a rank that waits for a dead one fails instead of hanging.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -31,6 +32,9 @@ def open_groups(
         timeout_s: longest wait of any collective, the joining included.
         local_rank: CUDA device of this process.
     """
+    if layout.tp > 1:
+        # read when CUDA starts; Megatron overlaps tensor-parallel collectives with matmuls under it
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with_cuda = torch.cuda.is_available()
     if with_cuda:
         torch.cuda.set_device(local_rank)
@@ -82,3 +86,47 @@ def add_up(values: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
     """Reduce in place over data-parallel ranks and pipeline stages; tensor-parallel ranks already agree."""
     dist.all_reduce(values, op=op, group=parallel_state.get_data_parallel_group())
     dist.all_reduce(values, op=op, group=parallel_state.get_pipeline_model_parallel_group())
+
+
+def gather_shares(share: Tensor) -> list[Tensor]:
+    """The shares of all tensor-parallel ranks, on the first of them; an empty list on the others."""
+    group, share = parallel_state.get_tensor_model_parallel_group(), share.contiguous()
+    shares = [torch.empty_like(share) for _ in range(group.size())] if group.rank() == 0 else []
+    dist.gather(share, shares or None, group=group, group_dst=0)
+    return shares
+
+
+def to_first_stage(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Bring the named tensors of all stages of a pipeline to its first, one at a time.
+
+    Every rank of the pipeline must run it to its end.
+
+    Yields:
+        On the first stage its own tensors, then those of the second, and so on; nothing on the others.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.rank() > 0:
+        _send(tensors, group)
+        return
+    yield from tensors
+    for stage in range(1, group.size()):
+        yield from _receive(stage, group)
+
+
+def _send(tensors: Iterator[tuple[str, Tensor]], group: Any) -> None:
+    for name, tensor in tensors:
+        dist.send_object_list([(name, tensor.shape, tensor.dtype)], group=group, group_dst=0)
+        dist.send(tensor, group=group, group_dst=0)
+    dist.send_object_list([None], group=group, group_dst=0)
+
+
+def _receive(stage: int, group: Any) -> Iterator[tuple[str, Tensor]]:
+    header: list[Any] = [None]
+    while True:
+        dist.recv_object_list(header, group=group, group_src=stage)
+        if header[0] is None:
+            return
+        name, size, dtype = header[0]
+        tensor = torch.empty(size, dtype=dtype, device=device())
+        dist.recv(tensor, group=group, group_src=stage)
+        yield name, tensor

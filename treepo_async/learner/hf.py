@@ -1,7 +1,8 @@
 """Hugging Face safetensors to Megatron shards and back, exact in both directions.
 
 Neighbours: `model` builds what `load` fills; a publisher writes what `export` yields. The map is a bijection: `_cut` takes
-this rank's share of one Megatron parameter from HF tensors, `_join` makes the HF tensors of one full parameter.
+this rank's share of one Megatron parameter from HF tensors, `_join` makes the HF tensors of one full parameter. It holds
+for whatever else has one number per weight, a gradient or a moment of Adam: `TensorOf` says what stands at a parameter.
 
 Invariant: no arithmetic touches a weight, so a round trip in one dtype is `torch.equal`.
 """
@@ -12,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from treepo_async.errors import ConfigError
+from treepo_async.learner.groups import gather_shares, to_first_stage
 from treepo_async.learner.mcore import get_transformer_layer_offset, parallel_state
 from treepo_async.learner.model import ModelShape
 
@@ -42,6 +43,15 @@ ROW_PARALLEL = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 """Parameters whose columns, rather than rows, are split over tensor-parallel ranks."""
 
 Read = Callable[[str], Tensor]
+"""HF name -> full tensor."""
+
+TensorOf = Callable[[nn.Parameter], Tensor]
+"""Parameter -> the tensor of its shape that is meant: itself, its gradient, a moment of it."""
+
+
+def itself(weight: nn.Parameter) -> Tensor:
+    """The `TensorOf` of the weights."""
+    return weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +62,11 @@ class _Parameter:
     """`model.layers.<i>.`, empty outside the layers."""
     name: str
     """Its Megatron name inside the layer, the whole name outside."""
-    tensor: Tensor
+    weight: nn.Parameter
 
     @property
     def sharded(self) -> bool:
-        return getattr(self.tensor, "tensor_model_parallel", False)
+        return getattr(self.weight, "tensor_model_parallel", False)
 
     @property
     def dim(self) -> int:
@@ -90,53 +100,73 @@ def open_checkpoint(model_dir: Path) -> Read:
 
 
 @torch.no_grad()
-def load(model: nn.Module, shape: ModelShape, read: Read) -> None:
-    """Fill this rank's parameters from HF tensors, one at a time.
+def load(model: nn.Module, shape: ModelShape, read: Read, tensor_of: TensorOf = itself) -> None:
+    """Fill this rank's parameters, or what stands at them, from HF tensors, one at a time.
 
     Args:
         model: from `model.build_model`.
         shape: the shape it was built from.
-        read: HF name to full tensor, from `open_checkpoint` or of any other origin.
+        read: from `open_checkpoint` or of any other origin; a tied output layer is read as the embedding.
+        tensor_of: parameter to the tensor to fill in its place.
 
     Raises:
         ConfigError: a tensor's shape is not the one config.json promises.
     """
     for parameter in _parameters(model):
         share = _cut(parameter, shape, read)
-        if share.shape != parameter.tensor.shape:
+        if share.shape != parameter.weight.shape:
             raise ConfigError(
                 f"{parameter.prefix}{parameter.name}: the checkpoint gives {list(share.shape)}, "
-                f"config.json promises {list(parameter.tensor.shape)}"
+                f"config.json promises {list(parameter.weight.shape)}"
             )
-        parameter.tensor.copy_(share)
+        tensor_of(parameter.weight).copy_(share)
 
 
 @torch.no_grad()
-def export(model: nn.Module, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """Yield the HF tensors of this pipeline stage, gathered over tensor-parallel ranks.
+def export(
+    model: nn.Module, shape: ModelShape, tensor_of: TensorOf = itself
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the HF tensors of the whole model on global rank 0, first stage to last, and nothing on any other rank.
 
-    Every tensor-parallel rank must run it to its end. A tied output layer is left out, as in HF checkpoints.
+    Every rank must run it to its end; rank 0 holds one tensor of another rank at a time. A tied output layer is left
+    out, as in HF checkpoints.
+
+    Args:
+        model: from `model.build_model`.
+        shape: the shape it was built from.
+        tensor_of: parameter to the tensor to export in its place.
 
     Yields:
-        HF name and full tensor, detached and contiguous; it may share memory with a parameter, so it is valid
+        HF name and full tensor, detached and contiguous; it may share memory with this rank's own, so it is valid
         until the next optimizer step.
     """
+    if parallel_state.get_data_parallel_rank() == 0:
+        yield from to_first_stage(_export_stage(model, shape, tensor_of))
+
+
+def _export_stage(
+    model: nn.Module, shape: ModelShape, tensor_of: TensorOf
+) -> Iterator[tuple[str, Tensor]]:
+    """The HF tensors of this pipeline stage on its first tensor-parallel rank; nothing on the others."""
     for parameter in _parameters(model):
         if parameter.name == "output_layer.weight" and shape.tied:
             continue
-        for name, tensor in _join(parameter, shape):
-            yield name, tensor.detach().contiguous()
+        tensor = tensor_of(parameter.weight)
+        shares = gather_shares(tensor) if parameter.sharded else [tensor]
+        if parallel_state.get_tensor_model_parallel_rank() == 0:
+            for name, full in _join(parameter, shares, shape):
+                yield name, full.detach().contiguous()
 
 
 def _parameters(model: nn.Module) -> Iterator[_Parameter]:
     module = getattr(model, "module", model)
     offset = get_transformer_layer_offset(module.config)
-    for name, tensor in module.named_parameters():
+    for name, weight in module.named_parameters():
         if name in OUTER:
-            yield _Parameter("", name, tensor)
+            yield _Parameter("", name, weight)
         else:
             _, _, layer, inner = name.split(".", 3)
-            yield _Parameter(f"model.layers.{int(layer) + offset}.", inner, tensor)
+            yield _Parameter(f"model.layers.{int(layer) + offset}.", inner, weight)
 
 
 def _cut(parameter: _Parameter, shape: ModelShape, read: Read) -> Tensor:
@@ -147,19 +177,21 @@ def _cut(parameter: _Parameter, shape: ModelShape, read: Read) -> Tensor:
     if name.startswith("self_attention.linear_qkv."):
         kind = name.rpartition(".")[2]
         parts = [read(f"{prefix}self_attn.{x}_proj.{kind}") for x in "qkv"]
-        # Megatron interleaves by group: the queries of a group, then its key, then its value
+        # Megatron interleaves by group: the queries of a group, then its key, then its value; with more ranks
+        # than groups a share is a piece of a group
         grouped = [part.reshape(shape.num_kv_heads, -1, *part.shape[1:]) for part in parts]
-        return _share(torch.cat(grouped, dim=1), 0).flatten(0, 1)
+        return _share(torch.cat(grouped, dim=1).flatten(0, 1), 0)
     if name == "mlp.linear_fc1.weight":
         return torch.cat([_share(read(f"{prefix}mlp.{x}_proj.weight"), 0) for x in ("gate", "up")])
     full = read(prefix + INNER[name]) if prefix else read(OUTER[name])
     return _share(full, parameter.dim) if parameter.sharded else full
 
 
-def _join(parameter: _Parameter, shape: ModelShape) -> Iterator[tuple[str, Tensor]]:
-    """The HF tensors a parameter holds."""
+def _join(
+    parameter: _Parameter, shares: list[Tensor], shape: ModelShape
+) -> Iterator[tuple[str, Tensor]]:
+    """The HF tensors a parameter holds, from the shares of all tensor-parallel ranks."""
     prefix, name = parameter.prefix, parameter.name
-    shares = _gather(parameter.tensor) if parameter.sharded else [parameter.tensor]
     if name.startswith("self_attention.linear_qkv."):
         kind = name.rpartition(".")[2]
         full = torch.cat(shares)
@@ -180,12 +212,3 @@ def _join(parameter: _Parameter, shape: ModelShape) -> Iterator[tuple[str, Tenso
 def _share(full: Tensor, dim: int) -> Tensor:
     tp = parallel_state.get_tensor_model_parallel_world_size()
     return full.chunk(tp, dim)[parallel_state.get_tensor_model_parallel_rank()]
-
-
-def _gather(share: Tensor) -> list[Tensor]:
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    shares = [torch.empty_like(share) for _ in range(tp)]
-    dist.all_gather(
-        shares, share.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
-    )
-    return shares

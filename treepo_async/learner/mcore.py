@@ -3,9 +3,13 @@
 Invariant: no other module of the package imports Megatron before this one has run.
 """
 
+import warnings
+
 from treepo_async.cpu.megatron import install
 
 install()
+# said of Megatron's calls, by every rank: torch 2.13 renames `all_gather_into_tensor` and `reduce_scatter_tensor`
+warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.distributed import (  # noqa: E402

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treepo_async.config.limits import ARCHITECTURES
 from treepo_async.errors import ConfigError
@@ -75,6 +75,17 @@ class ModelShape:
             ) from error
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's RMSNorm, under sequence parallelism too, where Megatron's wrapper of it refuses to work.
+
+    Each tensor-parallel rank then normalises its own tokens; the mark on the weight makes Megatron add up its gradient.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
 def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
     """Refuse a layout over which the model does not split evenly.
 
@@ -84,7 +95,6 @@ def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
     for key, size, axis, ranks in (
         ("vocab_size", shape.vocab_size, "tp", tp),
         ("num_attention_heads", shape.num_heads, "tp", tp),
-        ("num_key_value_heads", shape.num_kv_heads, "tp", tp),
         ("intermediate_size", shape.intermediate_size, "tp", tp),
         ("num_hidden_layers", shape.num_layers, "pp", pp),
     ):
@@ -93,22 +103,30 @@ def check_split(shape: ModelShape, *, tp: int, pp: int) -> None:
                 f"config.json {key} is {size}, not a multiple of the learner's {axis}={ranks}; "
                 f"choose a {axis} that divides it"
             )
+    # with fewer key-value heads than ranks, several ranks share one
+    if shape.num_kv_heads % tp and tp % shape.num_kv_heads:
+        raise ConfigError(
+            f"config.json num_key_value_heads is {shape.num_kv_heads}, neither a multiple nor a "
+            f"divisor of the learner's tp={tp}; choose a tp that divides it or that it divides"
+        )
 
 
-def build_model(shape: ModelShape) -> DistributedDataParallel:
+def build_model(shape: ModelShape, *, sequence_parallel: bool) -> DistributedDataParallel:
     """Build this rank's share of the model, in float32, weights still unset, gradients reduced over dp.
 
     Needs opened process groups.
 
+    Args:
+        shape: of the whole model.
+        sequence_parallel: whether tensor-parallel ranks also divide, by tokens, what lies between attention and MLP;
+            packed lengths must then be multiples of tp. Nothing changes with tp=1.
+
     Raises:
         ConfigError: the model does not split evenly over the ranks.
     """
-    check_split(
-        shape,
-        tp=parallel_state.get_tensor_model_parallel_world_size(),
-        pp=parallel_state.get_pipeline_model_parallel_world_size(),
-    )
-    config = _transformer_config(shape)
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    check_split(shape, tp=tp, pp=parallel_state.get_pipeline_model_parallel_world_size())
+    config = _transformer_config(shape, sequence_parallel=sequence_parallel and tp > 1)
     model = PackedGPTModel(
         config=config,
         transformer_layer_spec=_layer_spec(config),
@@ -123,7 +141,7 @@ def build_model(shape: ModelShape) -> DistributedDataParallel:
     return DistributedDataParallel(config, DistributedDataParallelConfig(), model)
 
 
-def _transformer_config(shape: ModelShape) -> TransformerConfig:
+def _transformer_config(shape: ModelShape, *, sequence_parallel: bool) -> TransformerConfig:
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -147,6 +165,7 @@ def _transformer_config(shape: ModelShape) -> TransformerConfig:
         output_layer_init_method=_leave,
         tensor_model_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        sequence_parallel=sequence_parallel,
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # demanded with variable lengths, of dense models too
         cuda_graph_scope=[],
@@ -177,9 +196,9 @@ def _without_kernels() -> dict[str, bool]:
 def _layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
     spec = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm"))
     spec.submodules.self_attention.submodules.core_attention = TreeAttention
-    norm = spec.submodules.input_layernorm
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=norm
+        layer_specs=[spec] * get_num_layers_to_build(config), layer_norm=RMSNorm
     )
 
 

@@ -19,8 +19,12 @@ from treepo_async.learner.loss import clipped, token_loss
 from treepo_async.learner.pack import Float32, PackedBatch
 from treepo_async.types import PolicyVersion
 
-SUMS = ("loss", "weight", "capped", "clipped", "kl_behavior", "entropy", "gap", "compared")
-"""What `Objective` sums, in the order of its vector; all but the gap and its count weigh a token by its trajectories."""
+SUMS = (
+    "loss", "weight", "capped", "clipped", "kl_behavior", "entropy",
+    "trajectory_tokens", "gap", "compared", "trained_tokens", "microbatches",
+)  # fmt: skip
+"""What `Objective` sums, in the order of its vector. Up to the trajectory tokens, a token weighs as much as it has
+trajectories; a microbatch without trained tokens does not count as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +104,7 @@ class Objective:
             logits_TV: its logits, split over tensor-parallel ranks.
 
         Returns:
-            The loss summed over the tokens, `[]`, with a gradient; the sums named by `SUMS`, float64 `[8]`; and the
+            The loss summed over the tokens, `[]`, with a gradient; the sums named by `SUMS`, float64 `[S]`; and the
             largest gap between learner and behavior log-prob of a comparable token, float64 `[]`.
         """
         logits_EV = predicting_logits(logits_TV, edges.prev, edges.temperature)
@@ -137,7 +141,9 @@ class Objective:
             )
             gap = torch.where(edges.comparable, log_ratio.abs(), 0.0)
             sums = [loss, *((edges.count * values).sum() for values in weighted)]
-            sums += [gap.sum(), edges.comparable.sum()]
+            num_trained = edges.count.new_tensor(len(edges.count))
+            sums += [edges.count.double().sum(), gap.sum(), edges.comparable.sum()]
+            sums += [num_trained, (num_trained > 0).float()]
             gap_max = torch.cat([gap.new_zeros(1), gap]).max()
         return loss, torch.stack([value.double() for value in sums]), gap_max.double()
 

@@ -7,10 +7,12 @@ update runs without a scheduler step before it.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from treepo_async.learner.mcore import (
     OptimizerConfig,
@@ -32,6 +34,10 @@ class OptimizerSettings:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them."""
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""What AdamW keeps at every parameter."""
 
 
 class Optimizer:
@@ -78,6 +84,18 @@ class Optimizer:
         """Of the last update; before the first, of the scheduler's step 0."""
         return float(self.adam.param_groups[0]["lr"])
 
+    def moment(self, name: str) -> Callable[[nn.Parameter], Tensor]:
+        """Parameter -> one of its `MOMENTS`, zero before the first update."""
+        return lambda weight: self._state(weight)[name]
+
+    def restore_count(self, num_updates: int) -> None:
+        """Go on as if `num_updates` updates had been made; the moments are restored by whoever has them."""
+        self.scheduler.num_steps = num_updates
+        self.scheduler.step(0)
+        for group in self.adam.param_groups:
+            for weight in group["params"]:
+                self._state(weight)["step"].fill_(num_updates)
+
     def zero_grad(self) -> None:
         """Forget the gradients of the last batch."""
         self.adam.zero_grad()
@@ -98,3 +116,12 @@ class Optimizer:
         self.scheduler.step(1)
         self.adam.step()
         return grad_norm, False
+
+    def _state(self, weight: nn.Parameter) -> dict[str, Tensor]:
+        """What torch's AdamW keeps at a parameter, made as it makes it."""
+        (adam,) = self.adam.chained_optimizers
+        state: dict[str, Tensor] = adam.optimizer.state[weight]
+        if not state:
+            state["step"] = torch.zeros(())
+            state |= {name: torch.zeros_like(weight.data) for name in MOMENTS}
+        return state

@@ -113,11 +113,35 @@ def pack(
     Raises:
         TreeError: a tree has not as many advantages as leaves.
     """
+    groups = next_fit([num_packed_tokens(tree) for tree in trees], budget_tokens)
+    return pack_groups(trees, advantages, groups, align)
+
+
+def pack_groups(
+    trees: Sequence[Tree],
+    advantages: Sequence[Float64],
+    groups: Sequence[Sequence[int]],
+    align: int = 1,
+) -> list[PackedBatch]:
+    """Lay trees out in microbatches that are given.
+
+    Args:
+        trees: as for `pack`.
+        advantages: as for `pack`.
+        groups: per microbatch, indices of its trees; one without any becomes an `empty_batch`.
+        align: as for `pack`.
+
+    Raises:
+        TreeError: a tree has not as many advantages as leaves.
+    """
     layouts = [
         _lay_out(tree, advantages_L, i)
         for i, (tree, advantages_L) in enumerate(zip(trees, advantages, strict=True))
     ]
-    return _fill(layouts, budget_tokens, align)
+    return [
+        _pad(_concatenate([layouts[i] for i in group]), align) if group else empty_batch(align)
+        for group in groups
+    ]
 
 
 def pack_sequences(
@@ -130,11 +154,31 @@ def pack_sequences(
     Raises:
         TreeError: a sequence is empty.
     """
-    return _fill(
-        [_lay_out_sequence(token_ids, i) for i, token_ids in enumerate(sequences)],
-        budget_tokens,
-        align,
-    )
+    layouts = [_lay_out_sequence(token_ids, i) for i, token_ids in enumerate(sequences)]
+    groups = next_fit([layout.num_tokens for layout in layouts], budget_tokens)
+    return [_pad(_concatenate([layouts[i] for i in group]), align) for group in groups]
+
+
+def num_packed_tokens(tree: Tree) -> int:
+    """Tokens that a tree takes on the `T` axis: its prompt, and every segment once."""
+    return len(tree.prompt.token_ids) + sum(len(segment) for segment in tree.segments)
+
+
+def next_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """Group items in their order: one opens a new group when it no longer fits in the last.
+
+    Returns:
+        Indices into `sizes`, per group.
+    """
+    groups: list[list[int]] = []
+    room = 0
+    for index, size in enumerate(sizes):
+        if not groups or size > room:
+            groups.append([])
+            room = budget
+        groups[-1].append(index)
+        room -= size
+    return groups
 
 
 def empty_batch(align: int = 1) -> PackedBatch:
@@ -220,19 +264,6 @@ def _lay_out_sequence(token_ids: Int32, tree_index: int) -> PackedBatch:
         tree_index=np.full(num_trained, tree_index, np.int64),
         segment_index=zeros,
     )
-
-
-def _fill(layouts: Sequence[PackedBatch], budget_tokens: int, align: int) -> list[PackedBatch]:
-    """Next fit: a layout opens a new microbatch when it no longer fits in the last one."""
-    groups: list[list[PackedBatch]] = []
-    room = 0
-    for layout in layouts:
-        if not groups or layout.num_tokens > room:
-            groups.append([])
-            room = budget_tokens
-        groups[-1].append(layout)
-        room -= layout.num_tokens
-    return [_pad(_concatenate(group), align) for group in groups]
 
 
 def _concatenate(layouts: Sequence[PackedBatch]) -> PackedBatch:

@@ -31,7 +31,7 @@ def publish(
     store: WeightStore,
     policy: Policy,
     version: PolicyVersion,
-    trees: Sequence[Tree],
+    sequences: Sequence[Int32],
     *,
     dtype: torch.dtype,
     config_file: Path,
@@ -43,7 +43,7 @@ def publish(
         store: where.
         policy: the learner.
         version: new.
-        trees: of the last batch; the probe is cut from them.
+        sequences: [T] each, for the probe.
         dtype: of the published tensors.
         config_file: the model's `config.json`.
         evaluate: whether the version shall be evaluated.
@@ -51,7 +51,6 @@ def publish(
     Returns:
         The folder of the publication.
     """
-    sequences = probe_sequences(trees)
     probe = Probe(
         token_ids=[s.tolist() for s in sequences],
         logprobs=[logprobs.tolist() for logprobs in policy.score(sequences)],

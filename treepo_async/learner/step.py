@@ -1,10 +1,10 @@
 """One optimizer update from one batch of trees.
 
-`Learner.train` packs the trees, runs forward and backward over all microbatches through Megatron's schedule, and applies
+`Learner.train` packs its share of the trees, runs forward and backward over all microbatches through Megatron's schedule, and applies
 or skips the update. Neighbours: `pack` plans, `objective` scores, `optimizer` updates, `hf` exports; the worker calls it.
 
-Invariant: every rank is given the same trees in the same order and returns the same result; the loss is divided
-by the trajectory tokens of the whole batch, a number fixed before the first forward.
+Invariant: the ranks of one data-parallel replica are given the same share, and all ranks return the same result; the
+loss is divided by the trajectory tokens of the whole batch, over all replicas.
 """
 
 import json
@@ -22,23 +22,27 @@ from torch import Tensor
 
 from treepo_async.errors import ConfigError
 from treepo_async.learner.groups import add_up, device, seed_ranks, share
-from treepo_async.learner.hf import export, load, open_checkpoint
+from treepo_async.learner.hf import Read, TensorOf, export, itself, load, open_checkpoint
 from treepo_async.learner.logprobs import predicting_logits, token_logprobs
 from treepo_async.learner.mcore import get_forward_backward_func, parallel_state
 from treepo_async.learner.model import ModelShape, build_model
 from treepo_async.learner.objective import SUMS, Edges, LossSettings, Objective
-from treepo_async.learner.optimizer import Optimizer, OptimizerSettings
+from treepo_async.learner.optimizer import MOMENTS, Optimizer, OptimizerSettings
 from treepo_async.learner.pack import (
     Float32,
-    Float64,
     Int32,
     PackedBatch,
     edge_values,
     empty_batch,
     pack,
+    pack_groups,
     pack_sequences,
 )
+from treepo_async.learner.share import Share
 from treepo_async.types import PolicyVersion, Tree
+
+WEIGHTS = "weights"
+"""The kind of tensors that `Learner.export` gives when not asked for a moment."""
 
 OnLogits = Callable[[Edges, Tensor], tuple[Tensor, Any]]
 """(trained tokens, logits [T, V]) -> (loss [], anything to keep)."""
@@ -56,7 +60,7 @@ class StepResult:
     """Each unique token once."""
     num_trajectory_tokens: int
     num_microbatches: int
-    """Over all data-parallel ranks, fillers left out."""
+    """With trained tokens, over all data-parallel replicas."""
     correction_weight_mean: float
     correction_capped_share: float
     clipped_share: float
@@ -82,17 +86,28 @@ class Learner:
         optimizer: Optimizer,
         objective: Objective,
         microbatch_tokens: int,
+        align: int = 1,
     ) -> None:
+        """Put together.
+
+        Args:
+            model: from `build_model`.
+            shape: of the model.
+            optimizer: of the model.
+            objective: what is minimised.
+            microbatch_tokens: most packed tokens of a microbatch of `logprobs` and `score`.
+            align: packed tokens are padded to a multiple of this.
+        """
         self.model = model
         self.shape = shape
         self.optimizer = optimizer
         self.objective = objective
         self.microbatch_tokens = microbatch_tokens
+        self.align = align
 
     def train(
         self,
-        trees: Sequence[Tree],
-        advantages: Sequence[Float64],
+        share: Share,
         *,
         version: PolicyVersion | None = None,
         proximal_logprobs: Sequence[Sequence[Float32]] | None = None,
@@ -100,21 +115,20 @@ class Learner:
         """Make one update.
 
         Args:
-            trees: the whole batch, the same on every rank.
-            advantages: per tree `[L]`, NaN for a leaf that is left out.
+            share: this replica's, from `share.divide`.
             version: the version the current weights were published as; parity is measured on its tokens.
-            proximal_logprobs: centre of the clip range as `logprobs` returns it, for a batch that is trained on more
-                than once; by default the current policy.
+            proximal_logprobs: centre of the clip range as `logprobs` returns it for the trees of the share, for a
+                batch that is trained on more than once; by default the current policy.
 
         Raises:
             TreeError: a tree and its advantages or log-probs do not fit.
         """
-        batches = pack(trees, advantages, self.microbatch_tokens)
+        batches = pack_groups(share.trees, share.advantages, share.microbatches, self.align)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        kept = self._run(self._edges(batches, version, proximal_logprobs), self._objective_of)
-        sums, gap_max = _reduce(kept)
-        num_trajectory_tokens = sum(batch.num_trajectory_tokens for batch in batches)
+        microbatches = _edges(batches, version, proximal_logprobs)
+        sums, gap_max = _reduce(self._run(microbatches, self._objective_of))
+        num_trajectory_tokens = sums["trajectory_tokens"]
         means = {
             name: value / num_trajectory_tokens if num_trajectory_tokens else math.nan
             for name, value in sums.items()
@@ -125,9 +139,9 @@ class Learner:
             loss=means["loss"],
             grad_norm=grad_norm,
             learning_rate=self.optimizer.learning_rate,
-            num_trained_tokens=sum(batch.num_trained_tokens for batch in batches),
-            num_trajectory_tokens=num_trajectory_tokens,
-            num_microbatches=len(batches),
+            num_trained_tokens=int(sums["trained_tokens"]),
+            num_trajectory_tokens=int(num_trajectory_tokens),
+            num_microbatches=int(sums["microbatches"]),
             correction_weight_mean=means["weight"],
             correction_capped_share=means["capped"],
             clipped_share=means["clipped"],
@@ -141,11 +155,14 @@ class Learner:
     def logprobs(self, trees: Sequence[Tree]) -> list[list[Float32]]:
         """Log-probs of every sampled token under the current weights, at its tree's temperature.
 
+        Args:
+            trees: the same on every rank.
+
         Returns:
             Per tree and segment `[T]`.
         """
         no_advantages = [np.zeros(len(tree.leaves)) for tree in trees]
-        batches = pack(trees, no_advantages, self.microbatch_tokens)
+        batches = pack(trees, no_advantages, self.microbatch_tokens, self.align)
         found: list[list[Float32]] = [[np.empty(0, np.float32)] * len(t.segments) for t in trees]
         for batch, values in zip(batches, self._logprobs(batches), strict=True):
             for tree, segment, edges in batch.segments():
@@ -156,41 +173,42 @@ class Learner:
         """Log-probs of each token after the first under the current weights, at temperature 1.
 
         Args:
-            sequences: token ids `[T]` each, at least one token.
+            sequences: token ids `[T]` each, at least one token; the same on every rank.
 
         Returns:
             `[T - 1]` each.
         """
-        batches = pack_sequences(sequences, self.microbatch_tokens)
+        batches = pack_sequences(sequences, self.microbatch_tokens, self.align)
         found = [np.empty(0, np.float32) for _ in sequences]
         for batch, values in zip(batches, self._logprobs(batches), strict=True):
             for sequence, _, edges in batch.segments():
                 found[sequence] = values[edges]
         return found
 
-    def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the full HF tensors of this pipeline stage; `hf.export` has the terms."""
-        return export(self.model, self.shape)
+    def export(self, kind: str = WEIGHTS) -> Iterator[tuple[str, Tensor]]:
+        """Yield the HF tensors of the whole model on rank 0; `hf.export` has the terms.
 
-    def _edges(
-        self,
-        batches: Sequence[PackedBatch],
-        version: PolicyVersion | None = None,
-        proximal_logprobs: Sequence[Sequence[Float32]] | None = None,
-    ) -> list[tuple[PackedBatch, Edges]]:
-        """This rank's share of the microbatches, with their trained tokens on the device."""
-        return [
-            (
-                batch,
-                Edges.of(
-                    batch,
-                    device(),
-                    version,
-                    None if proximal_logprobs is None else edge_values(batch, proximal_logprobs),
-                ),
-            )
-            for batch in share(batches, empty_batch())
-        ]
+        Args:
+            kind: `weights`, or the name of one of the optimizer's `MOMENTS`.
+        """
+        return export(self.model, self.shape, self._tensor_of(kind))
+
+    def restore(self, read: Callable[[str], Read], num_updates: int) -> None:
+        """Put back what `export` gave for every kind, in this or any other layout.
+
+        Args:
+            read: kind -> reader of its tensors.
+            num_updates: updates the optimizer had made.
+
+        Raises:
+            ConfigError: a tensor is missing or of another shape.
+        """
+        self.optimizer.restore_count(num_updates)
+        for kind in (WEIGHTS, *MOMENTS):
+            load(self.model, self.shape, read(kind), self._tensor_of(kind))
+
+    def _tensor_of(self, kind: str) -> TensorOf:
+        return itself if kind == WEIGHTS else self.optimizer.moment(kind)
 
     def _objective_of(self, edges: Edges, logits_TV: Tensor) -> tuple[Tensor, Any]:
         loss, sums, gap_max = self.objective(edges, logits_TV)
@@ -205,7 +223,8 @@ class Learner:
             values = token_logprobs(logits_EV, edges.label)
             return values.sum(), values
 
-        kept = self._run(self._edges(batches), keep, forward_only=True)
+        mine = share(batches, empty_batch(self.align))
+        kept = self._run(_edges(mine), keep, forward_only=True)
         sizes = [batch.num_trained_tokens for batch in batches]
         flat = torch.zeros(sum(sizes), device=device())
         views = share(flat.split(sizes), flat[:0])
@@ -261,6 +280,7 @@ def build_learner(
     loss: LossSettings,
     microbatch_tokens: int,
     seed: int,
+    sequence_parallel: bool = True,
 ) -> Learner:
     """Build a learner from a Hugging Face model directory; needs opened process groups.
 
@@ -270,6 +290,7 @@ def build_learner(
         loss: what it minimises.
         microbatch_tokens: most packed tokens of a microbatch; a larger tree gets one of its own.
         seed: of every random generator.
+        sequence_parallel: see `build_model`.
 
     Raises:
         ConfigError: the directory is incomplete, or the model or the correction is not supported.
@@ -280,9 +301,37 @@ def build_learner(
         raise ConfigError(f"{path} does not exist; give a Hugging Face model directory")
     shape = ModelShape.from_config(json.loads(path.read_text()))
     seed_ranks(seed)
-    model = build_model(shape)
+    model = build_model(shape, sequence_parallel=sequence_parallel)
     load(model, shape, open_checkpoint(model_dir))
-    return Learner(model, shape, Optimizer(model, optimizer), objective, microbatch_tokens)
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    return Learner(
+        model,
+        shape,
+        Optimizer(model, optimizer),
+        objective,
+        microbatch_tokens,
+        align=tp if sequence_parallel else 1,
+    )
+
+
+def _edges(
+    batches: Sequence[PackedBatch],
+    version: PolicyVersion | None = None,
+    proximal_logprobs: Sequence[Sequence[Float32]] | None = None,
+) -> list[tuple[PackedBatch, Edges]]:
+    """Microbatches with their trained tokens on the device."""
+    return [
+        (
+            batch,
+            Edges.of(
+                batch,
+                device(),
+                version,
+                None if proximal_logprobs is None else edge_values(batch, proximal_logprobs),
+            ),
+        )
+        for batch in batches
+    ]
 
 
 def _reduce(kept: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:

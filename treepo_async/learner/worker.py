@@ -1,34 +1,73 @@
-"""The learner's loop: batch -> advantages -> update -> publication.
+"""The loop of the learner's rank 0: batch -> advantages -> update -> publication -> checkpoint.
 
 Waits: for a batch (actors and replay end the wait; replay says every few seconds what is missing; the deadline is
-`batch_timeout_s`). Every step publishes a new policy version, also when its update was skipped, so that versions
-and steps stay in line.
+`batch_timeout_s`), for replay's answers (`REPLY_TIMEOUT_S`; a replay that is started again is asked again). While it
+waits it tells the other ranks so. Every step makes a new policy version, also when its update was skipped, so that
+versions and steps stay in line.
+
+A learner that goes back to a checkpoint works under a new lineage. Replay gives it the batches since then once more,
+in the same order; what had been published of them is not published again.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 
 from treepo_async.errors import DeadlineError, TreepoError, WireError
-from treepo_async.learner.publish import publish
-from treepo_async.learner.step import Learner, StepResult
+from treepo_async.learner import checkpoint
+from treepo_async.learner.pack import Float64
+from treepo_async.learner.publish import probe_sequences, publish
+from treepo_async.learner.step import WEIGHTS, StepResult
 from treepo_async.learner.summary import summarize
 from treepo_async.metrics.events import emit
 from treepo_async.metrics.ledger import TimeLedger
 from treepo_async.tree.advantage import batch_advantages
-from treepo_async.types import PolicyVersion, Tree
+from treepo_async.types import Float32, Int32, PolicyVersion, Tree
+from treepo_async.weights.checkpoints import CheckpointStore, TrainingState
 from treepo_async.weights.store import WeightStore
 from treepo_async.wire.codec import decode_tree
-from treepo_async.wire.messages import AskBatch, Batch, NoBatch, Published, Retired
+from treepo_async.wire.messages import (
+    AnyMessage,
+    AskBatch,
+    Batch,
+    Message,
+    NoBatch,
+    Published,
+    Retired,
+)
 from treepo_async.wire.sockets import BlockingRequester
 
 BATCH_WAIT_S = 5.0
 REPLY_TIMEOUT_S = 60.0
 MAX_SKIPPED = 3
 """Updates skipped in a row before the run ends."""
+
+
+class Team(Protocol):
+    """What the loop asks of all ranks; see `team.Team`."""
+
+    @property
+    def num_updates(self) -> int:
+        """Updates the optimizer has made."""
+
+    def wait(self) -> None:
+        """Say that there is nothing to do yet."""
+
+    def train(
+        self, trees: Sequence[Tree], advantages: Sequence[Float64], *, version: PolicyVersion
+    ) -> StepResult:
+        """Make one update."""
+
+    def score(self, sequences: Sequence[Int32]) -> list[Float32]:
+        """Log-probs of each token but the first."""
+
+    def export(self, kind: str = WEIGHTS) -> Iterator[tuple[str, Any]]:
+        """Full HF tensors by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,57 +78,109 @@ class WorkerRules:
     estimator: str
     whiten: bool
     eval_every: int
+    save_every: int
+    """Steps between checkpoints."""
     batch_timeout_s: float
     gap_alarm: float
     """Largest log-prob difference to the engine that passes without an alarm, in nats."""
     dtype: torch.dtype
+    layout: str
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Where the loop begins."""
+
+    version: PolicyVersion
+    """Of the weights it begins with."""
+    newest_published: int
+    """Policy step of the newest publication there is, -1 without any."""
+    probe_sequences: Sequence[Int32] = ()
+    """[T] each, where the weights come from a checkpoint."""
+
+    @classmethod
+    def of(cls, state: TrainingState | None, published: Sequence[PolicyVersion]) -> Self:
+        """After a checkpoint, or without one.
+
+        Args:
+            state: of the checkpoint that was loaded; None for the initial model.
+            published: all versions that engines may have.
+        """
+        taken = [*published, *([state.policy_version] if state is not None else [])]
+        if not taken:
+            return cls(PolicyVersion(0, 0), newest_published=-1)
+        step = 0 if state is None else state.policy_version.step
+        probe = [] if state is None else [np.array(ids, np.int32) for ids in state.probe_token_ids]
+        return cls(
+            PolicyVersion(max(version.lineage for version in taken) + 1, step),
+            newest_published=max((version.step for version in published), default=-1),
+            probe_sequences=probe,
+        )
 
 
 class Worker:
-    """Trains `num_steps` steps, or until the data ends."""
+    """Trains until `num_steps` steps are done, or until the data ends."""
 
     def __init__(
         self,
-        learner: Learner,
+        team: Team,
         replay: BlockingRequester,
-        store: WeightStore,
+        weights: WeightStore,
+        checkpoints: CheckpointStore,
         *,
         config_file: Path,
+        start: Start,
         rules: WorkerRules,
     ) -> None:
-        self._learner, self._replay, self._store = learner, replay, store
+        self._team, self._replay = team, replay
+        self._weights, self._checkpoints = weights, checkpoints
         self._config_file, self._rules = config_file, rules
-        self._version = PolicyVersion(0, 0)
+        self._version, self._start = start.version, start
+        self._saved_step = start.version.step
         self._ledger = TimeLedger()
         self._num_skipped = 0
 
     def run(self) -> int:
-        """Train. Gives the number of steps done.
+        """Train. Gives the number of steps done, those before the start included.
 
         Raises:
             DeadlineError: a batch did not come in time.
             TreepoError: `MAX_SKIPPED` updates in a row were not finite.
         """
-        for step in range(self._rules.num_steps):
+        if self._version.step > 0 and self._start.newest_published < 0:
+            # engines have the initial model only
+            self._publish(self._start.probe_sequences, evaluate=False)
+        sequences = self._start.probe_sequences
+        while self._version.step < self._rules.num_steps:
             with self._ledger("wait_batch"):
-                batch = self._next_batch(step)
+                batch = self._next_batch(self._version.step)
             if batch is None:
-                return step
-            self._step(step, *batch)
-        return self._rules.num_steps
+                break
+            sequences = probe_sequences(batch[0])
+            self._step(*batch)
+            if self._version.step % self._rules.save_every == 0:
+                self._save(sequences)
+        self._save(sequences)
+        return self._version.step
 
-    def _step(self, step: int, trees: list[Tree], replay_ledger: dict[str, int]) -> None:
-        trained_from = self._version
+    def _step(self, trees: list[Tree], replay_ledger: dict[str, int]) -> None:
+        trained_from, step = self._version, self._version.step
         with self._ledger("train"):
             advantages = batch_advantages(trees, self._rules.estimator, whitened=self._rules.whiten)
-            result = self._learner.train(trees, advantages, version=trained_from)
+            result = self._team.train(trees, advantages, version=trained_from)
         self._check(result, step)
+        self._version = PolicyVersion(trained_from.lineage, step + 1)
         with self._ledger("publish"):
-            self._publish(step, trees)
+            if self._version.step >= self._start.newest_published:
+                self._publish(
+                    probe_sequences(trees), evaluate=self._is_evaluated(self._version.step)
+                )
+            self._ask(Published(step=self._version.step, consumed_step=step))
         emit(
             "step",
             step=step,
             policy_step=self._version.step,
+            lineage=self._version.lineage,
             **asdict(result),
             **summarize(trees, trained_from),
             seconds=self._ledger.close(),
@@ -101,11 +192,7 @@ class Worker:
         deadline = time.monotonic() + self._rules.batch_timeout_s
         missing = "replay"
         while time.monotonic() < deadline:
-            answer, frames = self._replay.ask(
-                AskBatch(step=step, wait_s=BATCH_WAIT_S),
-                timeout_s=REPLY_TIMEOUT_S,
-                wait="an answer to AskBatch",
-            )
+            answer, frames = self._ask(AskBatch(step=step, wait_s=BATCH_WAIT_S))
             if isinstance(answer, Batch):
                 return _split(frames, answer.frames_per_tree), answer.ledger
             if not isinstance(answer, NoBatch):
@@ -113,26 +200,49 @@ class Worker:
             if answer.final:
                 return None
             missing = answer.reason
+            self._team.wait()
             emit("waiting", role="learner", wait=f"batch of step {step}", missing=missing)
         wait = f"the batch of step {step} ({missing})"
         raise DeadlineError(wait, "the actors", self._rules.batch_timeout_s)
 
-    def _publish(self, step: int, trees: Sequence[Tree]) -> None:
-        self._version = PolicyVersion(self._version.lineage, self._version.step + 1)
-        every, done = self._rules.eval_every, step + 1
+    def _publish(self, sequences: Sequence[Int32], *, evaluate: bool) -> None:
         publish(
-            self._store,
-            self._learner,
+            self._weights,
+            self._team,
             self._version,
-            trees,
+            sequences,
             dtype=self._rules.dtype,
             config_file=self._config_file,
-            evaluate=every > 0 and (done % every == 0 or done == self._rules.num_steps),
+            evaluate=evaluate,
         )
-        message = Published(step=self._version.step, consumed_step=step)
-        self._replay.ask(message, timeout_s=REPLY_TIMEOUT_S, wait="an answer to Published")
-        # the publication is on disk, so nothing would train these trees again
-        self._replay.ask(Retired(step=step), timeout_s=REPLY_TIMEOUT_S, wait="an answer to Retired")
+
+    def _save(self, sequences: Sequence[Int32]) -> None:
+        """Make a checkpoint, unless there is one of this step; replay may then forget what it covers."""
+        if self._version.step == self._saved_step:
+            return
+        with self._ledger("save"):
+            checkpoint.save(
+                self._checkpoints,
+                self._team,
+                self._version,
+                layout=self._rules.layout,
+                probe_sequences=sequences,
+            )
+            self._saved_step = self._version.step
+            self._ask(Retired(step=self._version.step - 1))
+        emit("saved", version=str(self._version))
+
+    def _is_evaluated(self, step: int) -> bool:
+        every = self._rules.eval_every
+        return every > 0 and (step % every == 0 or step == self._rules.num_steps)
+
+    def _ask(self, message: Message) -> tuple[AnyMessage, list[bytes]]:
+        return self._replay.ask(
+            message,
+            timeout_s=REPLY_TIMEOUT_S,
+            wait=f"an answer to {type(message).__name__}",
+            on_resend=self._team.wait,
+        )
 
     def _check(self, result: StepResult, step: int) -> None:
         """Alarm a step whose numbers should not be, and end the run when updates keep failing."""

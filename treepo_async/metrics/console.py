@@ -26,9 +26,10 @@ def step_line(record: Record, num_steps: int) -> str:
 
 
 def eval_line(event: Record) -> str:
-    """An evaluation in one line."""
+    """An evaluation in one line; `pass@k` where there is more than one sample of a problem."""
+    best = f"pass@{event['num_samples']} {event['pass_at_k']:.3f}  " if "pass_at_k" in event else ""
     return (
-        f"eval policy {event['version']}  sampled {event['sampled_accuracy']:.3f}  "
+        f"eval policy {event['version']}  sampled {event['sampled_accuracy']:.3f}  {best}"
         f"greedy {event['greedy_accuracy']:.3f}  on {event['num_problems']} held-out problems  {event['seconds']:.1f} s"
     )
 

@@ -42,6 +42,14 @@ WEIGHTS_NAMES = {
 }
 """Metric name: field of the engine's `weights` event."""
 
+EVAL_NAMES = {
+    "eval/sampled_accuracy": "sampled_accuracy",
+    "eval/pass_at_k": "pass_at_k",
+    "eval/greedy_accuracy": "greedy_accuracy",
+    "eval/seconds": "seconds",
+}
+"""Metric name: field of the actor's `eval` event. `pass_at_k` is left out where one sample was drawn."""
+
 TREE_SUMS = (
     "decoded_tokens",
     "delivered_tokens",
@@ -110,6 +118,12 @@ class Recorder:
             "trees/fallback_runs": trees["num_fallbacks"],
             **{f"trees/{outcome}": count for outcome, count in self._outcomes.items()},
         }
+
+
+def eval_record(event: Event) -> dict[str, Any]:
+    """The record of an evaluation, from the actor's `eval`."""
+    record = {"step": event["step"], "time": time.time()}
+    return record | {name: event[field] for name, field in EVAL_NAMES.items() if field in event}
 
 
 def _share(part: float, whole: float) -> float | None:

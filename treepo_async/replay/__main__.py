@@ -1,4 +1,8 @@
-"""`python -m treepo_async.replay WIRING`: the replay queue as a process."""
+"""`python -m treepo_async.replay WIRING`: the replay queue as a process.
+
+It may be killed at any time and started again with the same wiring: it goes on at its newest position, and has the
+trees that died with it grown again. Its first start in a resumed run goes on at the checkpoint's position.
+"""
 
 import asyncio
 import json
@@ -13,7 +17,9 @@ from treepo_async.data.source import open_source
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.metrics.events import emit
 from treepo_async.metrics.role import run_role
-from treepo_async.replay.queue import Queue, QueueRules
+from treepo_async.replay.position_files import PositionFiles
+from treepo_async.replay.queue import Queue
+from treepo_async.replay.rules import QueueRules
 from treepo_async.replay.server import ReplayServer
 from treepo_async.replay.spool import MemorySpool
 from treepo_async.wire.sockets import Router
@@ -29,11 +35,18 @@ async def main(wiring: Wiring) -> None:
         seed=config.seed,
         max_prompt_tokens=prompt_limit(config, model),
     )
+    positions = PositionFiles(
+        Path(wiring.run_dir) / "replay",
+        wiring.run_id,
+        kept_steps=config.checkpoint.every * config.checkpoint.keep,
+    )
+    queue = Queue.from_position(_queue_rules(config), positions.start(wiring.resume_step))
     router = Router(wiring.replay_endpoint, max_bytes=config.replay.max_tree_bytes)
     server = ReplayServer(
         router=router,
-        queue=Queue(_queue_rules(config)),
+        queue=queue,
         spool=MemorySpool(),
+        positions=positions,
         prompt=source.prompt,
         run_id=wiring.run_id,
         vocab_size=model["vocab_size"],

@@ -3,66 +3,36 @@
 Every prompt that is handed out is an entry, in the order of its first lease, and ends in exactly one of trained,
 dropped (with a reason) or quarantined:
 
-    leased -> accepted -> consumed -> trained
-       |          `-> dropped (degenerate, stale, ...), which makes room for a replacement at once
-       `-> waiting (its actor gave up or fell silent) -> leased again ... -> quarantined after `max_attempts`
+    waiting -> leased -> accepted -> consumed -> trained     kept until retired, then only counted
+       ^          |          `-> dropped (degenerate, ...), which makes room for a replacement at once
+       |          `-> waiting (its actor gave up or fell silent) ... -> quarantined after `max_attempts`
+       `- consumed or trained, when the batch is asked for again and its trees are lost (`unconsume`)
 
-Staleness is bounded by admission, counted in prompts: an entry may be leased only while
+Staleness is bounded by admission, counted in prompts: an entry may be leased only while its place among the live
+ones is below
 
-    live entries + consumed < (published + max_staleness + 1) * prompts_per_batch.
+    (published + max_staleness + 1 - next_step) * prompts_per_batch.
 
 A batch is the first `prompts_per_batch` live entries, once all of them are accepted, so an entry's place in the
-order decides the step it is trained in, and with it the least policy step its segments may come from. Time comes
+order decides the step it is trained in, and with it the least policy step its segments may come from. Consumed
+batches stay available until a durable checkpoint covers them: a learner that goes back to its last checkpoint gets
+the same trees in the same order. Where each entry is kept is `order`'s.
+
+`position()` is all of this but attempts and deadlines; a queue made from it has every live entry waiting. Time comes
 in as an argument; nothing here waits.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
+from itertools import islice
+from typing import Self
 
 from treepo_async.errors import RefusedError
-
-
-class State(StrEnum):
-    """Where an entry stands."""
-
-    WAITING = "waiting"
-    LEASED = "leased"
-    ACCEPTED = "accepted"
-    CONSUMED = "consumed"
-    TRAINED = "trained"
-    DROPPED = "dropped"
-    QUARANTINED = "quarantined"
-
-
-LIVE = (State.WAITING, State.LEASED, State.ACCEPTED)
-
-
-@dataclass(frozen=True, slots=True)
-class QueueRules:
-    """The knobs of the queue."""
-
-    prompts_per_batch: int
-    max_staleness: int
-    num_batches: int
-    """Batches of the whole run: no prompt is leased beyond them."""
-    lease_timeout_s: float
-    max_attempts: int
-    drop_degenerate: bool
-    max_refills: int
-    """Degenerate trees replaced for one batch; beyond it they are trained as they are."""
-
-
-@dataclass(slots=True)
-class Entry:
-    """One prompt on its way."""
-
-    lease_id: str
-    prompt_index: int
-    state: State
-    attempt: int = 0
-    deadline: float = 0.0
-    """Until when its actor must be heard of."""
+from treepo_async.replay.entry import Entry, State, prompt_index_of
+from treepo_async.replay.order import LeaseOrder
+from treepo_async.replay.position import QueuePosition
+from treepo_async.replay.rules import QueueRules
 
 
 @dataclass
@@ -70,35 +40,55 @@ class Queue:
     """The state machine; see the module."""
 
     rules: QueueRules
+    order: LeaseOrder = field(default_factory=LeaseOrder)
     published: int = 0
     """Policy step of the newest publication."""
     exhausted: bool = False
     """Whether the data has ended: no new prompt will come."""
-    entries: dict[str, Entry] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
-    """Why entries were dropped or quarantined."""
-    _live: dict[str, Entry] = field(default_factory=dict)
-    _consumed: dict[int, list[Entry]] = field(default_factory=dict)
-    """Batches by step, from consumption to publication."""
-    _num_consumed: int = 0
-    _refills: int = 0
+    """Why leases failed, and entries were dropped or quarantined."""
     num_lost: int = 0
     """Prompts in a row that ended without a scored tree."""
-    _next_index: int = 0
+    _refills: int = 0
+
+    @classmethod
+    def from_position(cls, rules: QueueRules, position: QueuePosition) -> Self:
+        """A queue that goes on where another one stood; its live entries wait for actors."""
+        return cls(
+            rules,
+            LeaseOrder.of(position),
+            published=position.published,
+            exhausted=position.exhausted,
+            reasons=Counter(position.reasons),
+            _refills=position.refills,
+        )
+
+    def position(self) -> QueuePosition:
+        """Where the queue stands."""
+        return QueuePosition(
+            next_index=self.order.next_index,
+            next_step=self.order.next_step,
+            published=self.published,
+            num_retired=self.order.num_retired,
+            refills=self._refills,
+            exhausted=self.exhausted,
+            live=tuple(entry.prompt_index for entry in self.order.live.values()),
+            consumed=self.order.batches(),
+            ended={str(state): number for state, number in self.order.ended.items()},
+            reasons=dict(self.reasons),
+        )
 
     # ---------------------------------------------------------------- leases
 
     def may_lease(self) -> bool:
         """Whether an actor can be given a prompt now, waiting or new."""
-        return self._first_waiting() is not None or self._admits()
+        if self._first_waiting() is not None:
+            return True
+        return not self.exhausted and len(self.order.live) < self._room()
 
     def lease(self, now: float) -> Entry:
         """Hand out the first waiting entry, else a new one; only after `may_lease()`."""
-        entry = self._first_waiting()
-        if entry is None:
-            entry = Entry(f"{self._next_index:09d}", self._next_index, State.WAITING)
-            self._next_index += 1
-            self.entries[entry.lease_id] = self._live[entry.lease_id] = entry
+        entry = self._first_waiting() or self.order.new()
         entry.state = State.LEASED
         entry.attempt += 1
         entry.deadline = now + self.rules.lease_timeout_s
@@ -106,37 +96,44 @@ class Queue:
 
     def least_step(self, lease_id: str) -> int:
         """Oldest policy step that the entry's segments may come from."""
-        place = self._num_consumed + list(self._live).index(lease_id)
-        return max(0, place // self.rules.prompts_per_batch - self.rules.max_staleness)
+        batches_before = list(self.order.live).index(lease_id) // self.rules.prompts_per_batch
+        return max(0, self.order.next_step + batches_before - self.rules.max_staleness)
 
     def beat(self, lease_ids: list[str], now: float) -> None:
         """Their actor lives."""
         for lease_id in lease_ids:
-            entry = self._live.get(lease_id)
+            entry = self.order.live.get(lease_id)
             if entry is not None and entry.state is State.LEASED:
                 entry.deadline = now + self.rules.lease_timeout_s
 
     def expire(self, now: float) -> list[Entry]:
         """Take back the leases whose actors have fallen silent."""
-        silent = [e for e in self._live.values() if e.state is State.LEASED and e.deadline < now]
+        silent = [
+            e for e in self.order.live.values() if e.state is State.LEASED and e.deadline < now
+        ]
         for entry in silent:
             self._take_back(entry, "lease_expired")
         return silent
 
     def is_leased(self, lease_id: str, attempt: int) -> bool:
         """Whether an actor works on this attempt."""
-        entry = self._live.get(lease_id)
+        entry = self.order.live.get(lease_id)
         return entry is not None and entry.state is State.LEASED and entry.attempt == attempt
 
-    def give_up(self, lease_id: str, attempt: int, reason: str) -> None:
-        """An actor failed on a lease; late words about an older attempt change nothing."""
-        if self.is_leased(lease_id, attempt):
-            self._take_back(self._live[lease_id], reason)
+    def give_up(self, lease_id: str, attempt: int, reason: str) -> bool:
+        """An actor failed on a lease; late words about an older attempt change nothing.
+
+        Returns:
+            Whether that was the last attempt, and the prompt is lost.
+        """
+        if not self.is_leased(lease_id, attempt):
+            return False
+        return self._take_back(self.order.live[lease_id], reason)
 
     def hand_back(self, lease_id: str, attempt: int) -> None:
         """The lease did not reach its actor: another gets it, and the attempt does not count."""
         if self.is_leased(lease_id, attempt):
-            entry = self._live[lease_id]
+            entry = self.order.live[lease_id]
             entry.state = State.WAITING
             entry.attempt -= 1
 
@@ -161,10 +158,14 @@ class Queue:
             RefusedError: the lease is unknown, or the tree too old for it. The lease then waits for another actor,
                 unless one works on a later attempt already.
         """
-        entry = self.entries.get(lease_id)
+        entry = self.order.live.get(lease_id)
         if entry is None:
-            raise RefusedError("unknown_lease", f"lease {lease_id} was never given", retry=False)
-        if lease_id not in self._live or entry.state is State.ACCEPTED:
+            index = prompt_index_of(lease_id)
+            if index is None or index >= self.order.next_index:
+                raise RefusedError(
+                    "unknown_lease", f"lease {lease_id} was never given", retry=False
+                )
+        if entry is None or entry.state is State.ACCEPTED:
             return "duplicate"
         if oldest_step < (least := self.least_step(lease_id)):
             self.give_up(lease_id, attempt, "stale")
@@ -183,101 +184,116 @@ class Queue:
 
     def skip(self, lease_id: str, reason: str) -> None:
         """End an entry whose prompt cannot be used."""
-        self._end(self._live[lease_id], State.DROPPED, reason)
+        self._end(self.order.live[lease_id], State.DROPPED, reason)
 
     def end_of_data(self, lease_id: str) -> None:
-        """The entry has no prompt: there will be no new ones."""
+        """The entry has no prompt: there will be no new ones. The newest one counts as never leased."""
         self.exhausted = True
-        del self._live[lease_id], self.entries[lease_id]
+        entry = self.order.live[lease_id]
+        if entry.prompt_index == self.order.next_index - 1:
+            self.order.forget_newest()
+        else:
+            self._end(entry, State.DROPPED, "end_of_data")
 
     # ---------------------------------------------------------------- batches
 
     def next_batch(self, step: int) -> list[Entry] | None:
         """Consume the trees of a step, in lease order; None while one of them is missing.
 
-        Asked again for a step that is not published yet, it gives the same trees.
+        Asked again for a step that is not retired yet, it gives the same trees.
 
         Raises:
             RefusedError: the step is neither such a one nor the next.
         """
-        if step in self._consumed:
-            return self._consumed[step]
-        following = self._num_consumed // self.rules.prompts_per_batch
+        if step in self.order.consumed:
+            return self.order.consumed[step]
+        following = self.order.next_step
         if step != following:
             raise RefusedError("wrong_step", f"asked for {step}, next is {following}", retry=False)
-        first = list(self._live.values())[: self.rules.prompts_per_batch]
-        if len(first) < self.rules.prompts_per_batch or any(
-            e.state is not State.ACCEPTED for e in first
-        ):
+        size = self.rules.prompts_per_batch
+        first = self.order.first(size)
+        if len(first) < size or any(e.state is not State.ACCEPTED for e in first):
             return None
-        for entry in first:
-            entry.state = State.CONSUMED
-            del self._live[entry.lease_id]
-        self._consumed[step] = first
-        self._num_consumed += len(first)
         self._refills = 0
-        return first
+        return self.order.consume(size)
 
     def publish(self, step: int, consumed_step: int) -> None:
-        """A publication is out: the batch behind it counts as trained."""
-        trained = self._consumed.pop(consumed_step, [])
-        for entry in trained:
+        """A publication is out: the batch behind it counts as trained. Again, or an older one, is harmless."""
+        for entry in self.order.consumed.get(consumed_step, []):
             entry.state = State.TRAINED
         self.published = max(self.published, step)
 
+    def retire(self, step: int) -> list[Entry]:
+        """A durable checkpoint covers all batches up to and including `step`. Gives what is not kept any more."""
+        return self.order.retire(step)
+
+    def unconsume(self, step: int, has_tree: Callable[[str], bool]) -> list[Entry]:
+        """Trees of a consumed batch are lost: it and all later ones are live again, before all others.
+
+        Args:
+            step: of the batch.
+            has_tree: whether the tree of a lease is still there; its entry needs no actor again.
+
+        Returns:
+            The entries whose trees must be grown again.
+        """
+        self._refills = 0
+        return self.order.unconsume(step, has_tree)
+
     def missing(self) -> str:
         """What the next batch waits for, in words."""
-        first = list(self._live.values())[: self.rules.prompts_per_batch]
-        states = Counter(e.state for e in first)
+        states = Counter(e.state for e in self.order.first(self.rules.prompts_per_batch))
         ready = f"{states[State.ACCEPTED]} of {self.rules.prompts_per_batch} trees are in"
         return f"{ready}, {states[State.LEASED]} being grown, {states[State.WAITING]} waiting for an actor"
 
     def is_over(self) -> bool:
         """Whether the data has ended and can fill no further batch."""
-        return self.exhausted and len(self._live) < self.rules.prompts_per_batch
+        return self.exhausted and len(self.order.live) < self.rules.prompts_per_batch
 
     def is_finished(self) -> bool:
-        """Whether no prompt will ever be leased again, unless a tree that is out or in is dropped."""
-        taken = len(self._live) + self._num_consumed
-        enough = taken >= self.rules.num_batches * self.rules.prompts_per_batch
-        settled = all(e.state is State.ACCEPTED for e in self._live.values())
-        return settled and (enough or self.exhausted)
+        """Whether no prompt will ever be leased again, unless a tree that is out or in is dropped or lost."""
+        num_batches = max(0, self.rules.num_batches - self.order.next_step)
+        number = num_batches * self.rules.prompts_per_batch
+        wanted = self.order.first(number)
+        enough = len(wanted) == number
+        return all(e.state is State.ACCEPTED for e in wanted) and (enough or self.exhausted)
 
     def ledger(self) -> dict[str, int]:
         """How many entries stand in each state, and why the dropped and quarantined ones ended."""
-        states = Counter(str(e.state) for e in self.entries.values())
+        states = {str(state): number for state, number in self.order.count().items()}
         return {**states, **{f"reason/{reason}": n for reason, n in self.reasons.items()}}
 
     def check_integrity(self) -> None:
         """Assert what must hold between any two calls."""
-        live = [e.lease_id for e in self.entries.values() if e.state in LIVE]
-        assert live == list(self._live), "live entries in lease order"
-        allowed = (self.published + self.rules.max_staleness + 1) * self.rules.prompts_per_batch
-        assert len(self._live) + self._num_consumed <= allowed, "admission bound"
-        for entry in self.entries.values():
-            least = 0 if entry.state is State.WAITING else 1
-            assert least <= entry.attempt <= self.rules.max_attempts, "attempts"
+        self.position().check()
+        room = self._room()
+        for place, entry in enumerate(self.order.live.values()):
+            is_out = entry.state is State.LEASED
+            assert not is_out or place < room, "admission bound"
+            assert is_out <= entry.attempt <= self.rules.max_attempts, "attempts"
 
     # ---------------------------------------------------------------- inside
 
-    def _admits(self) -> bool:
-        size, used = self.rules.prompts_per_batch, len(self._live) + self._num_consumed
-        allowed = min(self.published + self.rules.max_staleness + 1, self.rules.num_batches) * size
-        return not self.exhausted and used < allowed
+    def _room(self) -> int:
+        """How many entries, from the first live one on, admission lets out."""
+        until = min(self.published + self.rules.max_staleness + 1, self.rules.num_batches)
+        return max(0, until - self.order.next_step) * self.rules.prompts_per_batch
 
     def _first_waiting(self) -> Entry | None:
-        return next((e for e in self._live.values() if e.state is State.WAITING), None)
+        admitted = islice(self.order.live.values(), self._room())
+        return next((e for e in admitted if e.state is State.WAITING), None)
 
-    def _take_back(self, entry: Entry, reason: str) -> None:
+    def _take_back(self, entry: Entry, reason: str) -> bool:
+        """Whether the prompt is lost, after its last attempt."""
         self.reasons[reason] += 1
-        if entry.attempt >= self.rules.max_attempts:
-            self.num_lost += 1
-            self._end(entry, State.QUARANTINED, "too_many_attempts")
-        else:
+        if entry.attempt < self.rules.max_attempts:
             entry.state = State.WAITING
+            return False
+        self.num_lost += 1
+        self._end(entry, State.QUARANTINED, "too_many_attempts")
+        return True
 
     def _end(self, entry: Entry, state: State, reason: str) -> str:
-        entry.state = state
+        self.order.end(entry, state)
         self.reasons[reason] += 1
-        del self._live[entry.lease_id]
         return reason

@@ -3,6 +3,16 @@
 Waits: for messages from actors and the learner. A lease or a batch that is not there yet is waited for on behalf
 of the asker, who gets an answer within its `wait_s` in any case: what it asked for, or what is missing. Whatever
 happens to the queue is followed by `_serve_waiting`, so nobody waits for something that is there.
+
+Survives its own death: the queue's position is on disk before a batch goes out and before `Published` and `Retired`
+are answered, else within a second, and peers send again what was not answered. Started anew, it
+
+    hands out again what was leased or accepted, under the same lease ids; a tree grown before its death counts;
+    refuses the tree of a lease younger than its last position (the actor drops it), and gives the lease anew;
+    takes `Published` for a batch whose trees are gone, since the learner had them;
+    has the trees of a batch that is asked for once more grown again, with those of all later batches (an alarm).
+
+A learner that goes back to its checkpoint waits for none of this: consumed batches are kept until retired.
 """
 
 import asyncio
@@ -16,18 +26,22 @@ import numpy as np
 from treepo_async.data.source import EndOfData
 from treepo_async.errors import DataError, RefusedError, TreepoError, WireError
 from treepo_async.metrics.events import emit
-from treepo_async.replay.queue import Entry, Queue, State
+from treepo_async.replay.askers import Asker, Askers
+from treepo_async.replay.batches import Batches
+from treepo_async.replay.entry import Entry, State
+from treepo_async.replay.position_files import PositionFiles
+from treepo_async.replay.queue import Queue
+from treepo_async.replay.report import report_tree
 from treepo_async.replay.spool import Spool
 from treepo_async.tree.advantage import has_spread
 from treepo_async.types import Prompt, Tree
-from treepo_async.wire.codec import ARRAYS, decode_tree
+from treepo_async.wire.codec import decode_tree
 from treepo_async.wire.messages import (
     PROTOCOL,
     Ack,
     AnyMessage,
     AskBatch,
     AskLease,
-    Batch,
     Beat,
     GiveUp,
     Hello,
@@ -40,24 +54,17 @@ from treepo_async.wire.messages import (
     PutTree,
     Retired,
     decode,
+    numbered,
 )
 from treepo_async.wire.sockets import Router
 
 TICK_S = 0.25
+POSITION_S = 1.0
+"""How old the position on disk is at most."""
 MAX_WAIT_S = 60.0
 """No asker is kept waiting longer, whatever it asks for."""
-FRAMES_PER_TREE = 2 + len(ARRAYS)
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class _Waiting:
-    """Somebody who asked for what is not there yet."""
-
-    peer: bytes
-    message: AskLease | AskBatch
-    deadline: float
 
 
 @dataclass
@@ -67,20 +74,24 @@ class ReplayServer:
     router: Router
     queue: Queue
     spool: Spool
+    positions: PositionFiles
     prompt: Callable[[int], Prompt]
     """The training prompt of an index; raises EndOfData, or DataError for one that cannot be used."""
     run_id: str
     vocab_size: int
     max_lost: int
     """Prompts lost in a row that end the run."""
-    _waiting: dict[tuple[bytes, int], _Waiting] = field(default_factory=dict)
-    _granted: dict[tuple[bytes, int], Leased] = field(default_factory=dict)
-    """Leases that are out, by the request they answered: a request sent twice must not take two."""
+    _askers: Askers = field(default_factory=Askers)
+    _batches: Batches = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._batches = Batches(self.queue, self.spool, self.positions)
 
     async def run(self) -> None:
         """Serve for ever."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tick(), name="replay ticks")
+            tasks.create_task(self._keep_position(), name="replay position")
             while True:
                 peer, frames = await self.router.receive()
                 answer = self._answer(peer, frames)
@@ -93,13 +104,14 @@ class ReplayServer:
             await asyncio.sleep(TICK_S)
             for entry in self.queue.expire(time.monotonic()):
                 emit("alarm", alarm="lease expired", lease=entry.lease_id, state=str(entry.state))
-                self._check_lost(entry.lease_id, "lease_expired")
-            self._granted = {
-                key: lease
-                for key, lease in self._granted.items()
-                if self.queue.is_leased(lease.lease_id, lease.attempt)
-            }
+                if entry.state is State.QUARANTINED:
+                    self._on_lost(entry.lease_id, "lease_expired")
             await self._serve_waiting()
+
+    async def _keep_position(self) -> None:
+        while True:
+            await asyncio.sleep(POSITION_S)
+            self.positions.write(self.queue.position())
 
     def _answer(self, peer: bytes, frames: Sequence[bytes]) -> Message | None:
         """The answer to one message; None where there is none, or not yet."""
@@ -111,7 +123,7 @@ class ReplayServer:
         try:
             return self._handle(peer, message, frames[1:])
         except RefusedError as error:
-            return _refusal(message, error)
+            return numbered(_refusal(error), message.request)
         except WireError as error:
             emit("alarm", alarm="invalid tree refused", detail=str(error))
             return Nack(request=message.request, reason="invalid", detail=str(error))
@@ -120,12 +132,13 @@ class ReplayServer:
         self, peer: bytes, message: AnyMessage, attachment: Sequence[bytes]
     ) -> Message | None:
         match message:
-            case AskLease() if (peer, message.request) in self._granted:
-                return self._granted[peer, message.request]
+            case AskLease() if (peer, message.request) in self._askers.granted:
+                return self._askers.granted[peer, message.request]
             case AskLease() | AskBatch():
                 # in this order a wait that is not a number becomes the longest one
                 deadline = time.monotonic() + min(MAX_WAIT_S, message.wait_s)
-                self._waiting.setdefault((peer, message.request), _Waiting(peer, message, deadline))
+                step = message.step if isinstance(message, AskBatch) else None
+                self._askers.add(Asker(peer, message.request, step, deadline))
                 return None
             case Beat():
                 self.queue.beat(message.leases, time.monotonic())
@@ -133,12 +146,12 @@ class ReplayServer:
             case PutTree():
                 return Ack(request=message.request, note=self._put(message, attachment))
             case GiveUp():
-                self.queue.give_up(message.lease_id, message.attempt, message.reason)
-                self._check_lost(message.lease_id, message.reason)
+                if self.queue.give_up(message.lease_id, message.attempt, message.reason):
+                    self._on_lost(message.lease_id, message.reason)
             case Published():
-                self.queue.publish(message.step, message.consumed_step)
+                self._batches.publish(message)
             case Retired():
-                self.spool.retire(message.step)
+                self._batches.retire(message.step)
             case Hello():
                 self._check_hello(message)
             case _:
@@ -172,18 +185,14 @@ class ReplayServer:
         if outcome == "accepted":
             self.spool.append(message.lease_id, attachment)
         if outcome == "reward_error":
-            self._check_lost(message.lease_id, outcome)
+            self._on_lost(message.lease_id, outcome)
         if outcome != "duplicate":
-            _report(tree, outcome)
+            report_tree(tree, outcome)
         return outcome
 
-    def _check_lost(self, lease_id: str, reason: str) -> None:
-        """Alarm a prompt that is lost; end the run when nothing else happens any more."""
-        entry = self.queue.entries.get(lease_id)
-        if entry is None or entry.state not in (State.QUARANTINED, State.DROPPED):
-            return
-        if self.queue.num_lost:
-            emit("alarm", alarm="prompt lost", lease=lease_id, reason=reason)
+    def _on_lost(self, lease_id: str, reason: str) -> None:
+        """Alarm a prompt that ended without a tree; end the run when nothing else happens any more."""
+        emit("alarm", alarm="prompt lost", lease=lease_id, reason=reason)
         if self.queue.num_lost >= self.max_lost:
             raise TreepoError(
                 f"{self.queue.num_lost} prompts in a row were lost, the last by {reason}; see the actors' logs"
@@ -202,51 +211,69 @@ class ReplayServer:
             raise WireError(f"step_S has {newest}, but policy step {known} is the newest there is")
 
     async def _serve_waiting(self) -> None:
-        for key, waiting in list(self._waiting.items()):
-            if key not in self._waiting:
-                continue
-            answer, attachment = self._try(waiting)
-            if answer is None:
-                continue
-            del self._waiting[key]
-            was_sent = await self.router.send(waiting.peer, answer, attachment)
-            if isinstance(answer, Leased):
-                self._after_lease(key, answer, was_sent=was_sent)
+        """Answer whoever can be answered: batches first, since one whose trees are lost gives leases to hand out."""
+        for asker in self._askers.for_batches():
+            answer, frames = self._try_batch(asker)
+            if answer is not None:
+                await self._answer_asker(asker, answer, frames)
+        if self._askers.for_leases():
+            await self._hand_out()
+            await self._send_away()
 
-    def _after_lease(self, key: tuple[bytes, int], lease: Leased, *, was_sent: bool) -> None:
-        """Remember a lease that went out; nothing more is handed to a peer that could not be reached."""
-        if was_sent:
-            self._granted[key] = lease
-            return
-        self.queue.hand_back(lease.lease_id, lease.attempt)
-        for other in [other for other in self._waiting if other[0] == key[0]]:
-            del self._waiting[other]
-
-    def _try(self, waiting: _Waiting) -> tuple[Message | None, list[bytes]]:
+    def _try_batch(self, asker: Asker) -> tuple[Message | None, list[bytes]]:
         """What was asked for, or at the deadline what is missing; None before it."""
-        message = waiting.message
-        attachment: list[bytes] = []
-        if isinstance(message, AskLease):
-            found = self._lease(message)
-        else:
-            found, attachment = self._batch(message)
-        if found is None and time.monotonic() > waiting.deadline:
-            found = self._missing(message)
-        return found, attachment
+        assert asker.step is not None, "asks for a batch"
+        try:
+            found, frames = self._batches.find(asker.step)
+        except RefusedError as error:
+            return _refusal(error), []
+        if found is None and time.monotonic() > asker.deadline:
+            return NoBatch(reason=self.queue.missing()), []
+        return found, frames
 
-    def _missing(self, message: AskLease | AskBatch) -> Message:
-        if isinstance(message, AskLease):
-            return NoLease(request=message.request, reason="admission: the learner is behind")
-        return NoBatch(request=message.request, reason=self.queue.missing())
+    async def _hand_out(self) -> None:
+        """Hand out leases, each to who holds the fewest."""
+        self._askers.refresh(self.queue.is_leased)
+        num_granted = self._askers.count_granted()
+        while self.queue.may_lease() and (askers := self._askers.for_leases()):
+            neediest = min(askers, key=lambda asker: num_granted[asker.peer])
+            lease = self._lease()
+            if lease is not None:
+                num_granted[neediest.peer] += 1
+                await self._grant(neediest, lease)
 
-    def _lease(self, message: AskLease) -> Message | None:
+    async def _send_away(self) -> None:
+        """Tell those who got no lease why, once there will be none or they have waited long enough."""
+        is_finished = self.queue.is_finished()
+        for asker in self._askers.for_leases():
+            if is_finished:
+                answer = NoLease(reason="no prompt is left to grow", final=True)
+                await self._answer_asker(asker, answer)
+            elif time.monotonic() > asker.deadline:
+                answer = NoLease(reason="admission: the learner is behind")
+                await self._answer_asker(asker, answer)
+
+    async def _grant(self, asker: Asker, lease: Leased) -> None:
+        """Send a lease; one that cannot reach its peer goes to the next who asks."""
+        self._askers.granted[asker.request] = numbered(lease, asker.number)
+        if not await self._answer_asker(asker, lease):
+            del self._askers.granted[asker.request]
+            self.queue.hand_back(lease.lease_id, lease.attempt)
+
+    async def _answer_asker(
+        self, asker: Asker, answer: Message, frames: Sequence[bytes] = ()
+    ) -> bool:
+        """Whether the answer went out."""
+        self._askers.waiting.pop(asker.request, None)
+        return await self.router.send(asker.peer, numbered(answer, asker.number), frames)
+
+    def _lease(self) -> Leased | None:
         """A lease on the next prompt that can be used."""
         while self.queue.may_lease():
             entry = self.queue.lease(time.monotonic())
             prompt = self._prompt_of(entry)
             if prompt is not None:
                 return Leased(
-                    request=message.request,
                     lease_id=entry.lease_id,
                     attempt=entry.attempt,
                     prompt_id=prompt.id,
@@ -255,8 +282,6 @@ class ReplayServer:
                     token_ids=prompt.token_ids.tolist(),
                     least_step=self.queue.least_step(entry.lease_id),
                 )
-        if self.queue.is_finished():
-            return NoLease(request=message.request, reason="no prompt is left to grow", final=True)
         return None
 
     def _prompt_of(self, entry: Entry) -> Prompt | None:
@@ -269,52 +294,7 @@ class ReplayServer:
             self.queue.skip(entry.lease_id, "bad_prompt")
         return None
 
-    def _batch(self, message: AskBatch) -> tuple[Message | None, list[bytes]]:
-        try:
-            entries = self.queue.next_batch(message.step)
-        except RefusedError as error:
-            return _refusal(message, error), []
-        if entries is None:
-            reason = "the data has ended" if self.queue.is_over() else None
-            return (
-                NoBatch(request=message.request, reason=reason, final=True) if reason else None
-            ), []
-        lease_ids = [entry.lease_id for entry in entries]
-        self.spool.journal(message.step, lease_ids)
-        frames = [frame for lease_id in lease_ids for frame in self.spool.read(lease_id)]
-        batch = Batch(
-            request=message.request,
-            step=message.step,
-            lease_ids=lease_ids,
-            frames_per_tree=FRAMES_PER_TREE,
-            ledger=self.queue.ledger(),
-        )
-        return batch, frames
 
-
-def _refusal(message: Message, error: RefusedError) -> Nack:
+def _refusal(error: RefusedError) -> Nack:
     detail = str(error).removeprefix(f"{error.reason}: ")
-    return Nack(request=message.request, reason=error.reason, detail=detail, retry=error.retry)
-
-
-def _report(tree: Tree, outcome: str) -> None:
-    """Tell the driver of every tree: also those that are dropped cost tokens and have an accuracy."""
-    known = tree.accuracies_L[np.isfinite(tree.accuracies_L)]
-    cost = tree.provenance
-    emit(
-        "tree",
-        outcome=outcome,
-        actor=cost.actor,
-        num_leaves=len(tree.leaves),
-        accuracy_sum=float(known.sum()),
-        num_scored=len(known),
-        decoded_tokens=cost.decoded_tokens,
-        delivered_tokens=tree.num_delivered_tokens,
-        wasted_tokens=cost.wasted_tokens,
-        cached_tokens=cost.cached_tokens,
-        prefix_tokens=cost.prefix_tokens,
-        num_requests=cost.num_requests,
-        overhead_s=cost.overhead_s,
-        grow_s=cost.grow_s,
-        num_fallbacks=cost.num_fallbacks,
-    )
+    return Nack(reason=error.reason, detail=detail, retry=error.retry)

@@ -1,26 +1,27 @@
-"""Where accepted trees and the journal of batches lie until a checkpoint covers them.
+"""Where accepted trees lie until a checkpoint covers them.
 
-`MemorySpool` keeps both in memory: they die with the process, and replay then hands the prompts out again.
+`MemorySpool` keeps them in memory: they die with the process, and replay then hands their prompts out again. Which
+trees a step consumed, in order, is part of the queue's position, which is on disk.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 
 class Spool(Protocol):
-    """Trees by lease id, and which of them each step consumed. `append` and `journal` return once stored."""
+    """Trees by lease id. `append` returns once the tree is stored."""
 
     def append(self, lease_id: str, frames: Sequence[bytes]) -> None:
         """Store a tree; the same lease id again stores nothing."""
 
+    def holds(self, lease_id: str) -> bool:
+        """Whether the tree is stored."""
+
     def read(self, lease_id: str) -> list[bytes]:
         """The frames of a stored tree."""
 
-    def journal(self, step: int, lease_ids: Sequence[str]) -> None:
-        """Record, before anything is computed, which trees a step consumes, in order."""
-
-    def retire(self, step: int) -> None:
-        """Forget the trees of all steps up to and including `step`."""
+    def forget(self, lease_ids: Iterable[str]) -> None:
+        """Remove trees; those that are not stored are no error."""
 
 
 class MemorySpool:
@@ -28,22 +29,20 @@ class MemorySpool:
 
     def __init__(self) -> None:
         self._frames: dict[str, list[bytes]] = {}
-        self._journal: dict[int, list[str]] = {}
 
     def append(self, lease_id: str, frames: Sequence[bytes]) -> None:
         """See `Spool`."""
         self._frames.setdefault(lease_id, [bytes(frame) for frame in frames])
 
+    def holds(self, lease_id: str) -> bool:
+        """See `Spool`."""
+        return lease_id in self._frames
+
     def read(self, lease_id: str) -> list[bytes]:
         """See `Spool`."""
         return self._frames[lease_id]
 
-    def journal(self, step: int, lease_ids: Sequence[str]) -> None:
+    def forget(self, lease_ids: Iterable[str]) -> None:
         """See `Spool`."""
-        self._journal[step] = list(lease_ids)
-
-    def retire(self, step: int) -> None:
-        """See `Spool`."""
-        for old in [s for s in self._journal if s <= step]:
-            for lease_id in self._journal.pop(old):
-                del self._frames[lease_id]
+        for lease_id in lease_ids:
+            self._frames.pop(lease_id, None)

@@ -1,5 +1,5 @@
-"""The embedded default: a tiny Qwen2 model, its tokenizer and its task, built locally and cached.
+"""The embedded default: tiny Qwen2 models, their tokenizer and their tasks, built locally and cached.
 
-`task`, `recipe` and `tokenizer` need no torch; only `model` and `warm_start` import it, and only
-`cache.prepare` imports those, when there is something to train.
+`built_in` names the tasks. It, the tasks, `recipe` and `tokenizer` need no torch; only `model` and `warm_start`
+import it, and only `cache.prepare` imports those, when there is something to train.
 """

@@ -1,4 +1,4 @@
-"""The tiny model on disk: trained once per recipe, task, architecture and seed, then reused.
+"""The tiny models on disk: trained once per task, recipe, architecture and seed, then reused.
 
 The folder's name is a hash of everything that decides the weights. A folder is built under a temporary name
 and published by one rename, so whatever stands under the final name is complete.
@@ -14,13 +14,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from treepo_async.tiny.recipe import (
-    DEFAULT_ARCHITECTURE,
-    DEFAULT_RECIPE,
-    Architecture,
-    Recipe,
-)
-from treepo_async.tiny.task import demonstration
+from treepo_async.config.schema import TINY
+from treepo_async.tiny.built_in import BUILT_INS, BuiltIn
+from treepo_async.tiny.recipe import DEFAULT_ARCHITECTURE, Architecture
 from treepo_async.tiny.tokenizer import build_tokenizer, save_tokenizer
 
 FORMAT_VERSION = 1
@@ -41,7 +37,7 @@ def prepare(
     cache_dir: Path,
     seed: int,
     report: Callable[[int, int, float], None] | None = None,
-    recipe: Recipe = DEFAULT_RECIPE,
+    built_in: BuiltIn = BUILT_INS[TINY],
     architecture: Architecture = DEFAULT_ARCHITECTURE,
 ) -> Path:
     """The folder of the warm-started model, trained first if it is not there yet.
@@ -50,31 +46,32 @@ def prepare(
         cache_dir: created if missing; several processes may share it.
         seed: decides the initial weights and the demonstrations.
         report: called after every training step with the step (from 1), the number of steps and the loss.
-        recipe: how to train.
+        built_in: the task, and how to train on it.
         architecture: what to train.
 
     Returns:
-        A Hugging Face model folder, `cache_dir/tiny-<hash>`.
+        A Hugging Face model folder, `cache_dir/<name>-<hash>`.
     """
-    folder = cache_dir / f"tiny-{content_hash(recipe, architecture, seed)}"
+    folder = cache_dir / f"{built_in.name}-{content_hash(built_in, architecture, seed)}"
     if _is_complete(folder):
         return folder
     building = cache_dir / f".{folder.name}.{secrets.token_hex(8)}"
     building.mkdir(parents=True)
     try:
-        _build(building, recipe, architecture, seed, report)
+        _build(building, built_in, architecture, seed, report)
         _publish(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
 
 
-def content_hash(recipe: Recipe, architecture: Architecture, seed: int) -> str:
+def content_hash(built_in: BuiltIn, architecture: Architecture, seed: int) -> str:
     """Sixteen hex digits over everything that decides the folder's content.
 
     The task enters through demonstrations drawn from it, so a changed rule gives a new folder without
     anybody having to remember a version.
     """
+    recipe, demonstration = built_in.recipe, built_in.task.demonstration
     quality = {"p_hurried": recipe.p_hurried, "p_slip": recipe.p_slip}
     indices = range(_NUM_HASHED_DEMONSTRATIONS)
     content = {
@@ -94,7 +91,7 @@ def _is_complete(folder: Path) -> bool:
 
 def _build(
     folder: Path,
-    recipe: Recipe,
+    built_in: BuiltIn,
     architecture: Architecture,
     seed: int,
     report: Callable[[int, int, float], None] | None,
@@ -103,13 +100,13 @@ def _build(
     from treepo_async.tiny.model import save_model
     from treepo_async.tiny.warm_start import warm_start
 
-    model, loss = warm_start(recipe, architecture, seed, report)
+    model, loss = warm_start(built_in, architecture, seed, report)
     save_model(model, architecture, folder)
     save_tokenizer(folder, architecture.max_position_embeddings)
     summary = {
         "format_version": FORMAT_VERSION,
         "seed": seed,
-        "recipe": asdict(recipe),
+        "recipe": asdict(built_in.recipe),
         "architecture": asdict(architecture),
         "final_loss": loss,
     }

@@ -1,4 +1,4 @@
-"""How the tiny model is shaped and taught; plain numbers, so that the cache can name them without torch."""
+"""How a tiny model is shaped and taught; plain numbers, so that the cache can name them without torch."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class Architecture:
 class Recipe:
     """The supervised warm start: AdamW with a short warm-up and a cosine to a floor.
 
-    The demonstrations are deliberately imperfect: a model that has seen both reading orders samples both,
+    The demonstrations are deliberately imperfect: a model that has seen right and hurried ones samples both,
     and reinforcement learning has something to choose from.
     """
 

@@ -1,4 +1,4 @@
-"""The supervised warm start: a few minutes of CPU after which the model answers about half of the problems.
+"""The supervised warm start: a few minutes of CPU after which a model answers some of its problems.
 
 Called by `cache.prepare`, which also keeps the result. The same recipe, architecture and seed give the same
 weights on the same machine.
@@ -14,9 +14,10 @@ from statistics import fmean
 import torch
 from torch.nn.functional import cross_entropy
 
+from treepo_async.tiny.built_in import BuiltIn
 from treepo_async.tiny.model import TinyQwen2
 from treepo_async.tiny.recipe import Architecture, Recipe
-from treepo_async.tiny.task import demonstration
+from treepo_async.tiny.task import Task
 from treepo_async.tiny.tokenizer import EOS_TOKEN_ID, build_tokenizer
 
 Report = Callable[[int, int, float], None]
@@ -33,13 +34,14 @@ class _Example:
 
 
 def warm_start(
-    recipe: Recipe, architecture: Architecture, seed: int, report: Report | None
+    built_in: BuiltIn, architecture: Architecture, seed: int, report: Report | None
 ) -> tuple[TinyQwen2, float]:
-    """Train a fresh model on demonstrations.
+    """Train a fresh model on demonstrations of a built-in task.
 
     Returns:
         The model and its final loss in nats per response token.
     """
+    recipe = built_in.recipe
     with _threads(recipe.num_threads):
         model = TinyQwen2(architecture, seed)
         optimizer = torch.optim.AdamW(
@@ -48,7 +50,7 @@ def warm_start(
             betas=recipe.betas,
             weight_decay=recipe.weight_decay,
         )
-        batches = _batches(_examples(recipe, seed), recipe, random.Random(seed))
+        batches = _batches(_examples(built_in.task, recipe, seed), recipe, random.Random(seed))
         losses = []
         for step in range(1, recipe.num_steps + 1):
             for group in optimizer.param_groups:
@@ -77,9 +79,9 @@ def _threads(num_threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _examples(recipe: Recipe, seed: int) -> list[_Example]:
+def _examples(task: Task, recipe: Recipe, seed: int) -> list[_Example]:
     demonstrations = [
-        demonstration(seed, index, p_hurried=recipe.p_hurried, p_slip=recipe.p_slip)
+        task.demonstration(seed, index, p_hurried=recipe.p_hurried, p_slip=recipe.p_slip)
         for index in range(recipe.num_demonstrations)
     ]
     tokenizer = build_tokenizer()

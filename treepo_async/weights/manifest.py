@@ -21,7 +21,7 @@ TIED_HEAD = "lm_head.weight"
 """Not published where it is the embedding; some checkpoints store it all the same."""
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading damaged JSON may raise."""
 
 
@@ -81,7 +81,7 @@ class Manifest:
                 probe=Probe(**raw["probe"]),
                 evaluate=raw["evaluate"],
             )
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise WeightsError(f"{folder / MANIFEST_FILE} is no manifest: {error}") from error
 
 
@@ -185,7 +185,7 @@ def _read_header(file: Path) -> tuple[dict[str, _Entry], int]:
                 raise WeightsError(f"{file} is cut short: header of {length} bytes in {size}")
             raw = json.loads(opened.read(length))
         header = {name: _entry(entry) for name, entry in raw.items() if name != "__metadata__"}
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise WeightsError(f"{file} is no safetensors file: {error}") from error
     data_end = max((entry.end for entry in header.values()), default=0)
     if 8 + length + data_end > size:

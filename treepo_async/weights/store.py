@@ -62,13 +62,11 @@ class WeightStore:
         """
         if self.path(version).exists():
             raise WeightsError(f"{self.path(version)} is published already and never rewritten")
-        held = {t.name: t for t in tensors}
         temporary = self.folder / f".{version}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         shutil.copy(config_file, temporary / "config.json")
-        specs = {name: _spec(tensor) for name, tensor in held.items()}
-        serialize_file(specs, str(temporary / WEIGHTS_FILE), {"format": "pt"})
+        held = write_tensors(temporary / WEIGHTS_FILE, tensors)
         Manifest(
             version=str(version),
             tensors={name: t.info for name, t in held.items()},
@@ -113,6 +111,14 @@ class WeightStore:
             hidden = self.folder / f".old-{version}"
             self.path(version).rename(hidden)
             shutil.rmtree(hidden)
+
+
+def write_tensors(file: Path, tensors: Iterable[NamedTensor]) -> dict[str, NamedTensor]:
+    """Write a safetensors file. Gives the tensors by name."""
+    held = {tensor.name: tensor for tensor in tensors}
+    specs = {name: _spec(tensor) for name, tensor in held.items()}
+    serialize_file(specs, str(file), {"format": "pt"})
+    return held
 
 
 def _spec(tensor: NamedTensor) -> TensorSpec:

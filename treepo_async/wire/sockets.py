@@ -173,8 +173,21 @@ class BlockingRequester:
         self._socket = _dealer(zmq.Context.instance(), endpoint, name)
         self._numbers = itertools.count(1)
 
-    def ask(self, message: Message, *, timeout_s: float, wait: str) -> Answer:
+    def ask(
+        self,
+        message: Message,
+        *,
+        timeout_s: float,
+        wait: str,
+        on_resend: Callable[[], None] = lambda: None,
+    ) -> Answer:
         """Send a request and wait for its answer, sending again every `resend_s`.
+
+        Args:
+            message: the request.
+            timeout_s: of the wait.
+            wait: what is waited for, as a person would say it.
+            on_resend: called before each further attempt.
 
         Raises:
             DeadlineError: no answer in `timeout_s`; names `wait` and the owner.
@@ -188,6 +201,7 @@ class BlockingRequester:
                 answer = self._receive(number, resend)
                 if answer is not None:
                     return _accept(answer)
+            on_resend()
         raise DeadlineError(wait, self.owner, timeout_s)
 
     def close(self) -> None:
@@ -195,8 +209,9 @@ class BlockingRequester:
         self._socket.close()
 
     def _send(self, frame: bytes, deadline: float) -> bool:
-        """Whether a peer was connected in time."""
-        self._socket.setsockopt(zmq.SNDTIMEO, max(1, int((deadline - time.monotonic()) * 1000)))
+        """Whether a peer was connected in time for this attempt."""
+        limit_s = min(self._resend_s, deadline - time.monotonic())
+        self._socket.setsockopt(zmq.SNDTIMEO, max(1, int(limit_s * 1000)))
         try:
             self._socket.send(frame)
         except zmq.Again:

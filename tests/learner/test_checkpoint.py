@@ -1,0 +1,174 @@
+"""A learner that goes on from a checkpoint, in the layout that wrote it and in others."""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.learner.ranks import Ranks
+from tests.oracle import random_tree, tiny_qwen2
+from treepo_async.config.layout import Layout
+from treepo_async.errors import ConfigError
+from treepo_async.types import PolicyVersion
+from treepo_async.weights.checkpoints import CheckpointStore
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+
+NUM_BEFORE, NUM_AFTER = 2, 2
+"""Updates before the checkpoint, and after it."""
+LAYOUTS = ("tp1", "tp2", "pp2", "dp2", "tp2pp2dp2")
+PROBE = [np.array([5, 9, 2, 70], np.int32)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A learner that makes all updates, or those that its checkpoint has not."""
+
+    layout: Layout
+    folder: Path
+    resumes: str = ""
+    """Layout of the learner that wrote the checkpoint."""
+    spoil: str = ""
+    """What to do wrong."""
+
+    @property
+    def name(self):
+        return "-".join(filter(None, [str(self.layout), self.resumes, self.spoil]))
+
+    def store(self, layout):
+        return CheckpointStore(self.folder / "checkpoints" / layout, keep=2)
+
+
+def batches():
+    rng = np.random.default_rng(11)
+    for _ in range(NUM_BEFORE + NUM_AFTER):
+        trees = [random_tree(rng, temperature=0.9) for _ in range(3)]
+        yield trees, [rng.normal(size=len(tree.leaves)) for tree in trees]
+
+
+def learner_of(case):
+    from treepo_async.learner.objective import LossSettings
+    from treepo_async.learner.optimizer import OptimizerSettings
+    from treepo_async.learner.step import build_learner
+
+    return build_learner(
+        case.folder / "model",
+        optimizer=OptimizerSettings(learning_rate=2e-3, warmup_steps=4, epsilon=1e-5),
+        loss=LossSettings(),
+        microbatch_tokens=60,
+        seed=3,
+    )
+
+
+def train(case):
+    """What each rank does; rank 0 writes the tensors in the end."""
+    from treepo_async.learner.checkpoint import load, save
+    from treepo_async.learner.control import Control
+    from treepo_async.learner.optimizer import MOMENTS
+    from treepo_async.learner.step import WEIGHTS
+    from treepo_async.learner.team import Team
+
+    learner, begin = learner_of(case), 0
+    if case.resumes:
+        load(learner, case.store(case.resumes).newest(print))
+        begin = NUM_BEFORE
+    if case.spoil == "moments-forgotten":
+        for moment in map(learner.optimizer.moment, MOMENTS):
+            for weight in learner.model.parameters():
+                moment(weight).zero_()
+    if case.spoil == "updates-not-counted":
+        learner.optimizer.restore_count(0)
+    team = Team(learner, Control(timeout_s=30.0))
+    if torch.distributed.get_rank() > 0:
+        team.follow()
+        return
+    team.wait()
+    for step, batch in list(enumerate(batches()))[begin:]:
+        if step == NUM_BEFORE and not case.resumes:
+            layout = str(case.layout)
+            version = PolicyVersion(0, NUM_BEFORE)
+            save(case.store(layout), team, version, layout=layout, probe_sequences=PROBE)
+        result = team.train(*batch, version=PolicyVersion(0, step))
+    (scores,) = team.score(PROBE)
+    tensors = {
+        f"{kind} {name}": tensor.clone()
+        for kind in (WEIGHTS, *MOMENTS)
+        for name, tensor in team.export(kind)
+    }
+    team.stop()
+    told = {"num_updates": team.num_updates, "lr": result.learning_rate}
+    (case.folder / f"{case.name}.json").write_text(json.dumps(told))
+    save_file(
+        tensors | {"scores": torch.from_numpy(scores)}, case.folder / f"{case.name}.safetensors"
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("runs")
+    tiny_qwen2(tied=False, num_layers=4, num_heads=4, num_kv_heads=4).save_pretrained(
+        found / "model"
+    )
+    whole = [Case(Layout.parse(layout), found) for layout in LAYOUTS]
+    Ranks(train, whole, deadline_s=80).wait()
+    resumed = [replace(case, resumes=layout) for case in whole for layout in ("tp1", "tp2pp2dp2")]
+    resumed += [replace(case, resumes=str(case.layout)) for case in whole[1:-1]]
+    controls = [
+        replace(whole[0], resumes="tp1", spoil=spoil)
+        for spoil in ("moments-forgotten", "updates-not-counted")
+    ]
+    Ranks(train, [*resumed, *controls], deadline_s=80).wait()
+    return found
+
+
+def tensors_of(folder, name):
+    return load_file(folder / f"{name}.safetensors")
+
+
+def error(folder, name, *, reference="tp1"):
+    found, wanted = tensors_of(folder, name), tensors_of(folder, reference)
+    assert found.keys() == wanted.keys()
+    return max(
+        float((found[name] - wanted[name]).norm() / wanted[name].norm().clamp_min(1e-12))
+        for name in wanted
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("written_in", ["tp1", "tp2pp2dp2"])
+def test_a_resumed_learner_ends_where_one_that_never_stopped_does_in_any_layout(
+    folder, layout, written_in
+):
+    assert error(folder, f"{layout}-{written_in}") < 1e-5
+    told = json.loads((folder / f"{layout}-{written_in}.json").read_text())
+    assert told == pytest.approx(json.loads((folder / "tp1.json").read_text()))
+    assert told["num_updates"] == NUM_BEFORE + NUM_AFTER
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_in_its_own_layout_it_ends_there_to_the_bit(folder, layout):
+    found, wanted = (tensors_of(folder, name) for name in (f"{layout}-{layout}", layout))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize("spoil", ["moments-forgotten", "updates-not-counted"])
+def test_control_a_learner_that_forgets_its_optimizer_ends_elsewhere(folder, spoil):
+    assert error(folder, f"tp1-tp1-{spoil}") > 1e-2
+
+
+@pytest.mark.usefixtures("groups")
+def test_a_checkpoint_of_another_model_is_refused_by_the_name_of_a_tensor(folder, tmp_path):
+    from treepo_async.learner.checkpoint import load
+
+    case = Case(Layout(), folder)
+    checkpoint = case.store("tp1").newest(print)
+    strange = tmp_path / "0.2"
+    strange.mkdir()
+    for file in checkpoint.folder.glob("*.safetensors"):
+        save_file({"model.other": torch.zeros(2)}, strange / file.name)
+    with pytest.raises(ConfigError, match=r"has no tensor 'model\..*of another model"):
+        load(learner_of(case), replace(checkpoint, folder=strange))

@@ -1,0 +1,97 @@
+"""Where a run folder stands: new, held by another driver, or to be gone on with from its newest checkpoint."""
+
+import contextlib
+import fcntl
+import shutil
+from collections.abc import Iterator, Sequence
+from operator import attrgetter
+from pathlib import Path
+
+from treepo_async.config.command_line import load, parse
+from treepo_async.config.schema import Config, knobs
+from treepo_async.errors import ConfigError, WeightsError
+from treepo_async.types import PolicyVersion
+from treepo_async.weights.checkpoints import CheckpointStore
+
+FIXED = ("seed", "model.", "data.", "replay.prompts_per_batch")
+"""Keys, and beginnings of keys, that a run keeps for good: its place in the data depends on them."""
+CONFIG_FILE = "config.yaml"
+
+
+def parse_resumed(words: Sequence[str]) -> Config:
+    """The config of the words, on top of the config of the run that `run_dir` holds, if it holds one.
+
+    Raises:
+        ConfigError: as `parse`; or `resume=false` and the folder holds a run; or a key was changed that a run keeps.
+    """
+    config = parse(words)
+    saved_file = Path(config.run_dir or "") / CONFIG_FILE
+    if config.run_dir is None or not saved_file.is_file():
+        return config
+    if not config.resume:
+        raise ConfigError(
+            f"run_dir={config.run_dir} holds a run already, and resume=false; name another folder"
+        )
+    resumed, saved = parse([f"config={saved_file}", *words]), load(saved_file)
+    changed = [
+        f"{key}={attrgetter(key)(resumed)} was {attrgetter(key)(saved)}"
+        for key, _ in knobs(Config)
+        if key.startswith(FIXED) and attrgetter(key)(resumed) != attrgetter(key)(saved)
+    ]
+    if changed:
+        raise ConfigError(
+            f"run_dir={config.run_dir} holds a run that cannot be gone on with otherwise: "
+            f"{'; '.join(changed)}; leave it as it was, or name another folder"
+        )
+    return resumed
+
+
+def find_resume_version(run_dir: Path, num_steps: int) -> PolicyVersion | None:
+    """The version of the newest whole checkpoint of a run; None when it has made none yet.
+
+    Raises:
+        ConfigError: the run has all its steps, or none of its checkpoints is whole.
+    """
+    damaged: list[WeightsError] = []
+    checkpoints = CheckpointStore(run_dir / "checkpoints", keep=1)
+    newest = checkpoints.newest(damaged.append)
+    if newest is None and damaged:
+        raise ConfigError(f"run_dir={run_dir}: no checkpoint is whole: {damaged[0]}")
+    if newest is None:
+        return None
+    version = newest.state.policy_version
+    if version.step >= num_steps:
+        raise ConfigError(
+            f"run_dir={run_dir} has done its {version.step} steps; give steps=N for more, or name another folder"
+        )
+    return version
+
+
+def clear_for_resume(run_dir: Path, resume_version: PolicyVersion | None) -> None:
+    """Remove what processes of the run left for each other and the resumed run must not see.
+
+    Args:
+        run_dir: of the run.
+        resume_version: where it goes on; None starts it anew, with an empty place in the data.
+    """
+    shutil.rmtree(run_dir / "weights", ignore_errors=True)
+    if resume_version is None:
+        shutil.rmtree(run_dir / "replay", ignore_errors=True)
+
+
+@contextlib.contextmanager
+def held(run_dir: Path) -> Iterator[None]:
+    """Keep every other driver out of a run's folder.
+
+    Raises:
+        ConfigError: another one is in it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"run_dir={run_dir} is in use by another driver; wait for its end, or name another folder"
+            ) from error
+        yield

@@ -1,0 +1,92 @@
+"""From a learner to a checkpoint and back. Neighbours: `weights.checkpoints` has the folder, `team` the tensors.
+
+Invariant: tensors travel under Hugging Face's names, gathered and cut by the same map as the model's weights, so a
+checkpoint says nothing of the layout that wrote it.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from treepo_async.errors import ConfigError
+from treepo_async.learner.hf import Read
+from treepo_async.learner.optimizer import MOMENTS
+from treepo_async.learner.publish import named_tensors
+from treepo_async.learner.step import WEIGHTS, Learner
+from treepo_async.types import Int32, PolicyVersion
+from treepo_async.weights.checkpoints import (
+    Checkpoint,
+    CheckpointStore,
+    TrainingState,
+    file_of,
+)
+
+
+class Trained(Protocol):
+    """What is saved."""
+
+    @property
+    def num_updates(self) -> int:
+        """Updates the optimizer has made."""
+
+    def export(self, kind: str = WEIGHTS) -> Iterator[tuple[str, Any]]:
+        """Full tensors by HF name."""
+
+
+def save(
+    store: CheckpointStore,
+    policy: Trained,
+    version: PolicyVersion,
+    *,
+    layout: str,
+    probe_sequences: Sequence[Int32],
+) -> Path:
+    """Write a checkpoint of the current weights and optimizer. Gives its folder.
+
+    Args:
+        store: where.
+        policy: the learner.
+        version: of the weights.
+        layout: of the learner, for the record.
+        probe_sequences: [T] each, with which a publication of these weights will be proven.
+    """
+    state = TrainingState(
+        version=str(version),
+        num_updates=policy.num_updates,
+        layout=layout,
+        rng=torch.get_rng_state().numpy().tobytes().hex(),
+        probe_token_ids=[ids.tolist() for ids in probe_sequences],
+    )
+    kinds = (
+        (kind, named_tensors(policy.export(kind), torch.float32)) for kind in (WEIGHTS, *MOMENTS)
+    )
+    return store.save(state, kinds)
+
+
+def load(learner: Learner, checkpoint: Checkpoint) -> None:
+    """Restore this rank's share of a checkpoint; every rank must.
+
+    Raises:
+        ConfigError: the checkpoint is of another model.
+    """
+    learner.restore(
+        lambda kind: _reader(checkpoint.folder / file_of(kind)), checkpoint.state.num_updates
+    )
+    rng = bytearray.fromhex(checkpoint.state.rng)
+    torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
+
+
+def _reader(file: Path) -> Read:
+    def read(name: str) -> Tensor:
+        with safe_open(file, "pt") as tensors:
+            if name not in tensors.keys():  # noqa: SIM118 - it is no dict
+                raise ConfigError(
+                    f"{file} has no tensor {name!r}; the checkpoint is of another model"
+                )
+            return tensors.get_tensor(name)
+
+    return read

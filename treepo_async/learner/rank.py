@@ -1,0 +1,165 @@
+"""One rank of the learner: rank 0 runs the worker's loop, the others follow it."""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from treepo_async.config.layout import Layout
+from treepo_async.config.schema import Config
+from treepo_async.config.wiring import Wiring
+from treepo_async.errors import DataError
+from treepo_async.learner.checkpoint import load as load_checkpoint
+from treepo_async.learner.control import Control
+from treepo_async.learner.groups import close_groups, open_groups
+from treepo_async.learner.objective import LossSettings
+from treepo_async.learner.optimizer import OptimizerSettings
+from treepo_async.learner.step import Learner, build_learner
+from treepo_async.learner.team import Team
+from treepo_async.learner.worker import Start, Worker, WorkerRules
+from treepo_async.metrics.events import emit
+from treepo_async.weights.checkpoints import Checkpoint, CheckpointStore
+from treepo_async.weights.store import WeightStore
+from treepo_async.wire.messages import Hello
+from treepo_async.wire.sockets import BlockingRequester
+
+RESEND_S = 4.0
+"""How often rank 0 asks replay again, and with it the longest time the other ranks hear nothing."""
+
+COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
+"""Files of the initial model, tokenizer and all, that belong to the trained one too."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankJob:
+    """What every rank of one start of the group is told."""
+
+    config: Config
+    wiring: Wiring
+    layout: Layout
+    address: str
+    """Where rank 0 listens."""
+    checkpoint: Checkpoint | None
+    """Where to go on from; None: the initial model."""
+
+
+def run_rank(job: RankJob, rank: int) -> None:
+    """Open the groups, build this rank's share of the model, and work until the run has its steps."""
+    settings = job.config.learner
+    torch.set_num_threads(settings.cpu_threads)
+    open_groups(
+        job.layout,
+        rank=rank,
+        address=job.address,
+        timeout_s=settings.group_timeout_s,
+        local_rank=rank,
+    )
+    emit("rank", rank=rank, pid=os.getpid())
+    control = Control(timeout_s=settings.group_timeout_s)
+    learner = _learner(job)
+    if job.checkpoint is not None:
+        load_checkpoint(learner, job.checkpoint)
+    team = Team(learner, control)
+    if rank == 0:
+        _lead(job, team)
+        team.stop()
+    else:
+        team.follow()
+    close_groups()
+
+
+def _lead(job: RankJob, team: Team) -> None:
+    """Rank 0's part: the loop with replay, and what it leaves behind."""
+    wiring = job.wiring
+    replay = BlockingRequester(
+        wiring.replay_endpoint, name=wiring.role, owner="replay", resend_s=RESEND_S
+    )
+    try:
+        replay.ask(
+            Hello(name=wiring.role, run_id=wiring.run_id),
+            timeout_s=job.config.cluster.start_timeout_s,
+            wait="replay to come up",
+            on_resend=team.wait,
+        )
+        weights = WeightStore(wiring.weights_dir, keep=job.config.replay.max_staleness + 3)
+        worker = _worker(job, team, replay, weights)
+        emit("ready")
+        num_steps = worker.run()
+    finally:
+        replay.close()
+    _check_steps(num_steps, job.config.steps)
+    folder = _save_model(wiring, weights)
+    emit("done", num_steps=num_steps, model=str(folder))
+
+
+def _check_steps(num_steps: int, wanted: int) -> None:
+    if num_steps == 0:
+        raise DataError("the data ended before one batch was full; lower replay.prompts_per_batch")
+    if num_steps < wanted:
+        emit("alarm", alarm="the data has ended", steps=num_steps, wanted=wanted)
+
+
+def _learner(job: RankJob) -> Learner:
+    settings = job.config.learner
+    return build_learner(
+        Path(job.wiring.model_dir),
+        optimizer=OptimizerSettings(
+            learning_rate=settings.lr,
+            warmup_steps=settings.warmup_steps,
+            weight_decay=settings.weight_decay,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            max_grad_norm=settings.clip_grad,
+        ),
+        loss=LossSettings(
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            correction=settings.correction,
+            correction_cap=settings.correction_cap,
+        ),
+        microbatch_tokens=settings.microbatch_tokens,
+        seed=job.config.seed,
+        sequence_parallel=settings.sequence_parallel,
+    )
+
+
+def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: WeightStore) -> Worker:
+    config, settings = job.config, job.config.learner
+    return Worker(
+        team,
+        replay,
+        weights,
+        CheckpointStore(job.wiring.checkpoints_dir, keep=config.checkpoint.keep),
+        config_file=Path(job.wiring.model_dir) / "config.json",
+        start=Start.of(job.checkpoint.state if job.checkpoint else None, weights.versions()),
+        rules=WorkerRules(
+            num_steps=config.steps,
+            estimator=settings.estimator,
+            whiten=settings.whiten,
+            eval_every=config.eval.every,
+            save_every=config.checkpoint.every,
+            batch_timeout_s=settings.batch_timeout_s,
+            gap_alarm=config.metrics.gap_alarm,
+            dtype=getattr(torch, config.model.dtype),
+            layout=str(job.layout),
+        ),
+    )
+
+
+def _save_model(wiring: Wiring, weights: WeightStore) -> Path:
+    """The last publication with the tokenizer beside it: a Hugging Face folder."""
+    folder = Path(wiring.run_dir) / "model"
+    folder.mkdir(exist_ok=True)
+    for pattern in COPIED:
+        for file in Path(wiring.model_dir).glob(pattern):
+            if not file.name.endswith(".safetensors.index.json"):
+                shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    published = weights.path(weights.versions()[-1]) / "model.safetensors"
+    shutil.copyfile(published, folder / published.name)
+    return folder

@@ -1,0 +1,88 @@
+"""All ranks of the learner as one object: rank 0 calls its methods, the other ranks `follow`.
+
+Each method sends the order and its arguments, then does on rank 0 what `follow` does on the others. Waits: `follow` waits
+for the next order (`control` has the deadline; rank 0 ends it).
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from treepo_async.learner.control import Control, Order
+from treepo_async.learner.pack import Float32, Float64, Int32
+from treepo_async.learner.share import Share, divide
+from treepo_async.learner.step import WEIGHTS, Learner, StepResult
+from treepo_async.types import PolicyVersion, Tree
+
+
+class Team:
+    """The learner of a world of ranks."""
+
+    def __init__(self, learner: Learner, control: Control) -> None:
+        self._learner, self._control = learner, control
+
+    @property
+    def num_updates(self) -> int:
+        """Updates the optimizer has made."""
+        return self._learner.optimizer.num_updates
+
+    def wait(self) -> None:
+        """Tell the other ranks that there is nothing to do yet, and that rank 0 lives."""
+        self._control.order(Order.WAIT)
+
+    def train(
+        self, trees: Sequence[Tree], advantages: Sequence[Float64], *, version: PolicyVersion
+    ) -> StepResult:
+        """`Learner.train`, every data-parallel replica on its share of the batch.
+
+        Args:
+            trees: the batch.
+            advantages: per tree `[L]`.
+            version: the version the current weights were published as.
+        """
+        shares = divide(
+            trees,
+            advantages,
+            num_replicas=self._control.num_replicas,
+            budget_tokens=self._learner.microbatch_tokens,
+        )
+        self._control.order(Order.TRAIN, _json(version))
+        if self._control.size > 1:
+            self._control.scatter([share.to_bytes() for share in shares])
+        return self._learner.train(shares[0], version=version)
+
+    def score(self, sequences: Sequence[Int32]) -> list[Float32]:
+        """`Learner.score`."""
+        self._control.order(Order.SCORE, _json([ids.tolist() for ids in sequences]))
+        return self._learner.score(sequences)
+
+    def export(self, kind: str = WEIGHTS) -> Iterator[tuple[str, Any]]:
+        """`Learner.export`; it must be run to its end before anything else is called."""
+        self._control.order(Order.EXPORT, _json(kind))
+        yield from self._learner.export(kind)
+
+    def stop(self) -> None:
+        """End `follow` on the other ranks."""
+        self._control.order(Order.STOP)
+
+    def follow(self) -> None:
+        """Ranks above 0: carry out orders until `stop`."""
+        while True:
+            order, details = self._control.receive()
+            match order:
+                case Order.TRAIN:
+                    share = Share.from_bytes(self._control.scatter([]))
+                    self._learner.train(share, version=PolicyVersion(*json.loads(details)))
+                case Order.SCORE:
+                    self._learner.score([np.array(x, np.int32) for x in json.loads(details)])
+                case Order.EXPORT:
+                    for _ in self._learner.export(json.loads(details)):
+                        raise AssertionError("only rank 0 is given tensors")
+                case Order.STOP:
+                    return
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value).encode()
