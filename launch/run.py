@@ -99,7 +99,9 @@ def progress_bar(title: str) -> Iterator[Callable[[int, int, float], None]]:
         if not bars:
             from tqdm import tqdm
 
-            bars.append(tqdm(total=num_steps, desc=title, unit="step"))
+            # in a log every update of the bar stays
+            pause_s = 0.1 if sys.stderr.isatty() else 10.0
+            bars.append(tqdm(total=num_steps, desc=title, unit="step", mininterval=pause_s))
         bars[0].update(step - bars[0].n)
         bars[0].set_postfix(loss=f"{loss:.3f}", refresh=False)
 

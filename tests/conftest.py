@@ -1,6 +1,7 @@
 """A run of `launch/run.py` as a person starts it, for the tests that need the whole of it."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -67,11 +68,24 @@ class LaunchedRun:
         with contextlib.suppress(psutil.NoSuchProcess):
             self._family |= set(self._driver.children(recursive=True))
 
+    def events(self, kind):
+        """Those of a kind in its event log, oldest first."""
+        file = self.run_dir / "events.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [event for event in map(json.loads, lines) if event["event"] == kind]
+
     def pid_of(self, role):
-        """The process of a role, e.g. `actor-1`."""
-        self.see_family()
-        (pid,) = {p.pid for p in self.alive() if f'"role": "{role}"' in " ".join(p.cmdline())}
-        return pid
+        """The newest process of a role, e.g. `actor-1`."""
+        return [event["pid"] for event in self.events("started") if event["role"] == role][-1]
+
+    def pid_of_rank(self, number):
+        """The newest process of a rank of the learner."""
+        return [event["pid"] for event in self.events("rank") if event["rank"] == number][-1]
+
+    def pid_of_sglang(self):
+        """The server that the first engine host started."""
+        (server,) = psutil.Process(self.pid_of("engine-0")).children()
+        return server.pid
 
     def num_seen(self):
         return len(self._family)
@@ -121,11 +135,11 @@ def _is_alive(process):
 
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory):
-    """`launch(*words)` starts a run in a new folder; what is left of it in the end is killed."""
+    """`launch(*words)` starts a run in a new folder, or in that of another run; what is left of it is killed."""
     runs = []
 
-    def start(*words):
-        runs.append(LaunchedRun(words, tmp_path_factory.mktemp("run") / "run"))
+    def start(*words, run_dir=None):
+        runs.append(LaunchedRun(words, run_dir or tmp_path_factory.mktemp("run") / "run"))
         return runs[-1]
 
     yield start

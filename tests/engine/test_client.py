@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import time
+from collections import deque
 
 import aiohttp
 import numpy as np
@@ -282,3 +283,23 @@ async def test_an_answer_of_newer_weights_that_are_never_proven_is_a_deadline():
         await keeper.close()
         with pytest.raises(DeadlineError, match="the gate to open"):
             await work
+
+
+async def test_the_time_without_a_server_costs_one_attempt_however_long_it_is():
+    async with connected(generate_faults=deque(["drop"])) as (sglang, keeper, client):
+        answer, restarted = keeper._router.send, asyncio.Event()
+
+        async def silent(*arguments):
+            await restarted.wait()
+            return await answer(*arguments)
+
+        keeper._router.send = silent
+        task = asyncio.create_task(extend(client))
+        await until(lambda: sglang.bodies("/generate"))
+        await asyncio.sleep(10 * MAX_ATTEMPTS * treepo_async.engine.client.RETRY_S)
+        assert len(sglang.bodies("/generate")) == 1, (
+            "nobody has said that the server is there again"
+        )
+        restarted.set()
+        assert len(await task) == 1
+        assert len(sglang.bodies("/generate")) == 2

@@ -3,6 +3,7 @@ import contextlib
 import time
 
 import pytest
+import zmq
 
 import treepo_async.engine.gate
 from tests.fakes import BASE, loopback, open_gate, running, until
@@ -198,3 +199,72 @@ async def test_a_version_that_is_opened_again_stays_held_and_a_new_one_does_not(
         assert keeper.is_held()
         await keeper.open(SECOND, evaluate=False, hold_s=60)
         assert not keeper.is_held()
+
+
+async def test_after_a_doubt_nothing_passes_until_the_host_has_answered_anew():
+    async with open_gate(FIRST) as (keeper, gate):
+        answer, held = keeper._router.send, asyncio.Event()
+
+        async def hold(*arguments):
+            await held.wait()
+            return await answer(*arguments)
+
+        keeper._router.send = hold
+        gate.doubt()
+        async with in_flight(gate) as (_, versions, _):
+            await asyncio.sleep(0.2)
+            assert versions == []
+            held.set()
+            await until(lambda: versions == [FIRST])
+
+
+@contextlib.asynccontextmanager
+async def host_at(endpoint, version, *, evaluate=False):
+    """A host with an open gate, once the socket of whoever had the endpoint has let go of it."""
+    async with asyncio.timeout(EVENT_S):
+        while True:
+            try:
+                keeper = GateKeeper(endpoint)
+                break
+            except zmq.ZMQError:
+                await asyncio.sleep(0.02)
+    try:
+        async with running(keeper.serve()):
+            await keeper.open(version, evaluate=evaluate, hold_s=60)
+            yield keeper
+    finally:
+        keeper.shut()
+
+
+async def test_a_host_that_takes_the_place_of_a_dead_one_is_believed_whatever_its_version():
+    endpoint = loopback()
+    async with contextlib.AsyncExitStack() as stack:
+        gate = GateClient(endpoint, name="a", evaluates=False, timeout_s=20)
+        async with host_at(endpoint, THIRD) as keeper:
+            await stack.enter_async_context(gate)
+            for _ in range(3):
+                await keeper.close()
+                await keeper.open(THIRD, evaluate=False, hold_s=0)
+            async with gate.passage() as version:
+                assert version == THIRD
+        gate.doubt()
+        async with in_flight(gate) as (_, versions, _):
+            await asyncio.sleep(0.1)
+            assert versions == [], "nobody has said that there is a server"
+            async with host_at(endpoint, FIRST):
+                await until(lambda: versions == [FIRST])
+
+
+async def test_a_new_host_does_not_wait_for_an_evaluation_that_was_made_under_the_old_one():
+    endpoint = loopback()
+    async with contextlib.AsyncExitStack() as stack:
+        gate = GateClient(endpoint, name="actor-0", evaluates=True, timeout_s=20)
+        async with host_at(endpoint, FIRST, evaluate=True) as keeper:
+            await stack.enter_async_context(gate)
+            assert await gate.to_evaluate.get() == FIRST
+            await gate.evaluated(FIRST)
+            await until(lambda: not keeper.is_held())
+        async with host_at(endpoint, FIRST, evaluate=True) as keeper:
+            assert keeper.is_held()
+            await until(lambda: not keeper.is_held())
+            assert gate.to_evaluate.empty()

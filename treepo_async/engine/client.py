@@ -125,7 +125,11 @@ class EngineClient:
         sampling: SamplingSettings,
         least_step: int,
     ) -> Completion:
-        """One completion; a lost connection or an abort is tried again, under the version of that time."""
+        """One completion; a lost connection or an abort is tried again, under the version of that time.
+
+        When the connection was lost, that is once the host has said that its server is there, so that the time
+        until it is, or until there is another host, costs one attempt.
+        """
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 async with self._gate.passage(least_step) as version:
@@ -135,6 +139,8 @@ class EngineClient:
             except DeadlineError:
                 raise
             except (aiohttp.ClientError, EngineError, TimeoutError) as error:
+                if isinstance(error, aiohttp.ClientError):
+                    self._gate.doubt()
                 if attempt == MAX_ATTEMPTS:
                     raise EngineError(
                         f"no completion after {attempt} attempts: {error!r}"

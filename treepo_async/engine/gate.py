@@ -2,7 +2,9 @@
 
 A client joins its engine host and is told whether the gate is open and under which policy version. When the gate
 closes it submits nothing more and says `Drained` once its last request is back; the host then changes weights and
-opens the gate again. Waits: for the gate to open (the host opens it; deadline `timeout_s`).
+opens the gate again. A client whose server was gone doubts its gate: the host may have died with the server, and the
+next one may not be there yet. Waits: for the gate to open, and after a doubt for the host's word that it is (the host, or
+the one that takes its place, ends both; deadline `timeout_s`).
 """
 
 import asyncio
@@ -11,10 +13,12 @@ from collections.abc import AsyncIterator
 
 from treepo_async.errors import DeadlineError, WireError
 from treepo_async.types import PolicyVersion
-from treepo_async.wire.messages import Drained, Evaluated, Gate, Join
+from treepo_async.wire.messages import Drained, Evaluated, Gate, Join, Message
 from treepo_async.wire.sockets import Requester
 
 BEAT_S = 1.0
+RESEND_S = 2.0
+"""A `Join` that died with its host is sent to the next one after this time."""
 
 
 class GateClient:
@@ -30,13 +34,18 @@ class GateClient:
             timeout_s: longest wait for an open gate.
         """
         self.to_evaluate: asyncio.Queue[PolicyVersion] = asyncio.Queue()
-        self._host = Requester(endpoint, name=name, owner="engine host", on_gate=self._see)
+        self._host = Requester(
+            endpoint, name=name, owner="engine host", on_gate=self._see, resend_s=RESEND_S
+        )
         self._join = Join(name=name, evaluates=evaluates)
         self._timeout_s = timeout_s
         self._gate = Gate(epoch=-1, is_open=False)
         self._num_in_flight = 0
         self._changed = asyncio.Event()
-        self._last_to_evaluate: PolicyVersion | None = None
+        self._doubted = asyncio.Event()
+        self._handed_over: set[PolicyVersion] = set()
+        """Versions that went into `to_evaluate`."""
+        self._evaluated: set[PolicyVersion] = set()
         self._beats: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -81,14 +90,19 @@ class GateClient:
         await self._wait_open(0)
         return self._version() >= version
 
+    def doubt(self) -> None:
+        """Let no request pass until the host says anew how its gate stands: the server did not answer one."""
+        self._doubted.set()
+
     async def evaluated(self, version: PolicyVersion) -> None:
         """Tell the host that the evaluation of a version is done."""
+        self._evaluated.add(version)
         await self._host.tell(Evaluated(step=version.step))
 
     async def _wait_open(self, least_step: int) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                while not (self._gate.is_open and self._gate.step >= least_step):
+                while not self._admits(least_step):
                     if self._beats is not None and self._beats.done():
                         # without beats this client counts for nothing: whoever waits here must hear why
                         self._beats.result()
@@ -97,6 +111,10 @@ class GateClient:
         except TimeoutError as error:
             wait = f"the gate to open at policy step {least_step} or later (it is at {self._version()})"
             raise DeadlineError(wait, "engine host", self._timeout_s) from error
+
+    def _admits(self, least_step: int) -> bool:
+        is_open = self._gate.is_open and not self._doubted.is_set()
+        return is_open and self._gate.step >= least_step
 
     def _version(self) -> PolicyVersion:
         return PolicyVersion(self._gate.lineage, self._gate.step)
@@ -110,25 +128,39 @@ class GateClient:
         self._report_if_drained()
 
     def _see_evaluation(self) -> None:
-        """Pass on a version to be evaluated, once: an engine that restarts opens its gate anew."""
-        wanted = self._gate.is_open and self._gate.evaluate and self._join.evaluates
-        if wanted and self._version() != self._last_to_evaluate:
-            self._last_to_evaluate = self._version()
-            self.to_evaluate.put_nowait(self._version())
+        """Pass on a version to be evaluated, once: an engine or a host that restarts opens its gate anew."""
+        version = self._version()
+        if not (self._gate.is_open and self._gate.evaluate and self._join.evaluates):
+            return
+        if version in self._evaluated:
+            self._tell(Evaluated(step=version.step))
+        elif version not in self._handed_over:
+            self._handed_over.add(version)
+            self.to_evaluate.put_nowait(version)
 
     def _report_if_drained(self) -> None:
         if not self._gate.is_open and self._num_in_flight == 0 and self._gate.epoch >= 0:
-            task = asyncio.ensure_future(self._host.tell(Drained(epoch=self._gate.epoch)))
-            self._tasks.append(task)
-            task.add_done_callback(self._tasks.remove)
+            self._tell(Drained(epoch=self._gate.epoch))
+
+    def _tell(self, message: Message) -> None:
+        task = asyncio.ensure_future(self._host.tell(message))
+        self._tasks.append(task)
+        task.add_done_callback(self._tasks.remove)
 
     async def _beat(self) -> None:
-        """Join again every second: the host forgets the silent, and a lost push is made up for."""
+        """Join again every second, or at a doubt: the host forgets the silent, and a lost push is made up for."""
         while True:
+            doubted = self._doubted.is_set()
             answer, _ = await self._host.ask(
                 self._join, timeout_s=self._timeout_s, wait="an answer to Join"
             )
             if not isinstance(answer, Gate):
                 raise WireError(f"Join was answered by {type(answer).__name__}, expected Gate")
             self._see(answer)
-            await asyncio.sleep(BEAT_S)
+            if doubted:
+                # asked after the doubt, so the answer knows of its cause
+                self._doubted.clear()
+                self._changed.set()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_S):
+                    await self._doubted.wait()

@@ -44,7 +44,8 @@ class GateKeeper:
     def __init__(self, endpoint: str, *, silent_s: float = SILENT_S) -> None:
         self._silent_s = silent_s
         self._router = Router(endpoint, max_bytes=MAX_MESSAGE_BYTES)
-        self._gate = Gate(epoch=0, is_open=False)
+        # by the clock, so that clients of an earlier host of this endpoint see that it comes later
+        self._gate = Gate(epoch=time.time_ns() // 10**6, is_open=False)
         self._clients: dict[bytes, _Client] = {}
         self._changed = asyncio.Event()
         self._hold_until = 0.0

@@ -18,6 +18,7 @@ STEP_NAMES = {
     "staleness/max": "staleness_max",
     "tokens/unique": "num_unique_tokens",
     "tokens/response_mean": "response_tokens_mean",
+    "learner/lineage": "lineage",
     "learner/loss": "loss",
     "learner/grad_norm": "grad_norm",
     "learner/lr": "learning_rate",
