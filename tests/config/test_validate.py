@@ -66,10 +66,13 @@ def test_a_number_that_is_not_finite_is_refused(key, value):
         (["reward.wrong=1"], "reward.correct=1.0 must be above reward.wrong=1.0"),
         (["model=some/model"], "give model=some/model its own data=FILE"),
         (
-            ["model=tiny-chain"],
-            "data=tiny is the built-in task of model=tiny; give model=tiny-chain its own data=tiny-chain",
+            ["model=tiny-precedence"],
+            "data=tiny is the built-in task of model=tiny; give model=tiny-precedence its own data=tiny-precedence",
         ),
-        (["data=tiny-chain"], "data=tiny-chain is the built-in task of model=tiny-chain"),
+        (
+            ["data=tiny-precedence"],
+            "data=tiny-precedence is the built-in task of model=tiny-precedence",
+        ),
         (["tree.repetition_count=1"], "give 0 (never) or at least 2"),
         (["data.instruction=\\${seed}"], "data.instruction=${seed} holds '${'"),
         (["learner=tp4dp"], "learner.layout='tp4dp' is not a layout"),

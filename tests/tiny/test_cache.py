@@ -6,12 +6,14 @@ from dataclasses import replace
 import pytest
 from safetensors import safe_open
 
-from treepo_async.config.schema import TINY, TINY_CHAIN
+from treepo_async.config.schema import TINY, TINY_PRECEDENCE
 from treepo_async.tiny.built_in import BUILT_INS
 from treepo_async.tiny.cache import content_hash, prepare
 from treepo_async.tiny.recipe import DEFAULT_ARCHITECTURE, Recipe
 
-RECIPE = Recipe(num_steps=3, batch_size=4, num_demonstrations=16, num_threads=1)
+RECIPE = Recipe(
+    num_steps=3, p_hurried=0.5, p_slip=0.1, batch_size=4, num_demonstrations=16, num_threads=1
+)
 SHORT = replace(BUILT_INS[TINY], recipe=RECIPE)
 PREPARE_SHORT = f"""
 import sys
@@ -70,7 +72,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(folder, tm
     [
         {"built_in": replace(SHORT, recipe=replace(RECIPE, p_slip=0.5))},
         {"built_in": SHORT, "architecture": replace(DEFAULT_ARCHITECTURE, num_layers=4)},
-        {"built_in": replace(SHORT, task=BUILT_INS[TINY_CHAIN].task)},
+        {"built_in": replace(SHORT, task=BUILT_INS[TINY_PRECEDENCE].task)},
     ],
     ids=["recipe", "architecture", "task"],
 )
@@ -79,14 +81,14 @@ def test_whatever_decides_the_weights_decides_the_name(folder, changed):
 
 
 def test_the_folder_is_named_after_the_task(tmp_path):
-    chain = replace(BUILT_INS[TINY_CHAIN], recipe=RECIPE)
-    assert prepare(tmp_path, 0, built_in=chain).name == (
-        f"tiny-chain-{content_hash(chain, DEFAULT_ARCHITECTURE, 0)}"
+    precedence = replace(BUILT_INS[TINY_PRECEDENCE], recipe=RECIPE)
+    assert prepare(tmp_path, 0, built_in=precedence).name == (
+        f"tiny-precedence-{content_hash(precedence, DEFAULT_ARCHITECTURE, 0)}"
     )
 
 
 def test_models_cached_by_earlier_versions_are_found():
-    assert content_hash(BUILT_INS[TINY], DEFAULT_ARCHITECTURE, 0) == "3d612e1d134b4f23"
+    assert content_hash(BUILT_INS[TINY_PRECEDENCE], DEFAULT_ARCHITECTURE, 0) == "3d612e1d134b4f23"
 
 
 def test_a_failing_build_leaves_nothing_behind(tmp_path):

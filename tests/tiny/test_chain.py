@@ -9,6 +9,7 @@ from treepo_async.tiny.chain import (
     LINE_TOKENS,
     MAX_OPERATIONS,
     MIN_OPERATIONS,
+    TEMPTING,
     demonstration,
     problem,
 )
@@ -63,20 +64,35 @@ def test_a_careful_demonstration_has_one_line_an_operation_all_of_a_segments_len
 
 @settings(deadline=None)
 @given(SEEDS, INDICES)
-def test_a_hurried_demonstration_takes_the_sum_on_every_line(seed, index):
+def test_a_hurried_demonstration_takes_the_sum_wherever_it_is_tempted(seed, index):
     shown = demonstration(seed, index, p_hurried=1.0, p_slip=0.0)
-    total = sum(map(int, shown.problem.question.split("#")))
-    assert shown.response.endswith(f"\\boxed{{{total}}}")
+    _, *operands = map(int, shown.problem.question.split("#"))
+    is_sum = [operand >= TEMPTING for operand in operands]
+    assert shown.response.endswith(f"\\boxed{{{worked(shown.problem.question, is_sum)}}}")
 
 
-def test_each_line_is_hurried_on_its_own():
-    num_hurried = Counter()
+def test_each_tempting_line_is_hurried_on_its_own():
+    num_tempting, num_hurried = Counter(), Counter()
     for index in range(2000):
         response = demonstration(0, index, p_hurried=0.25, p_slip=0.0).response
         for line in response.splitlines()[:4]:
             place, a, b, result = map(int, re.findall(r"\d+", line))
+            assert result == abs(a - b) or b >= TEMPTING
+            num_tempting[place] += b >= TEMPTING
             num_hurried[place] += result == a + b
-    assert all(420 < num_hurried[place] < 580 for place in (1, 2, 3, 4))
+    for place in (1, 2, 3, 4):
+        assert num_tempting[place] > 400
+        assert 0.2 < num_hurried[place] / num_tempting[place] < 0.3
+
+
+def test_tempting_lines_lie_all_along_the_response():
+    num_tempting = Counter()
+    for index in range(1000):
+        _, *operands = problem(0, index, heldout=False).question.split("#")
+        num_tempting.update(
+            place for place, operand in enumerate(operands) if int(operand) >= TEMPTING
+        )
+    assert min(num_tempting[place] for place in range(MIN_OPERATIONS)) > 200
 
 
 def test_a_slip_is_small_and_never_below_zero():

@@ -5,7 +5,7 @@ import torch
 
 from treepo_async.config.schema import TINY
 from treepo_async.tiny.built_in import BUILT_INS
-from treepo_async.tiny.recipe import DEFAULT_ARCHITECTURE, DEFAULT_RECIPE
+from treepo_async.tiny.recipe import DEFAULT_ARCHITECTURE, Recipe
 from treepo_async.tiny.warm_start import learning_rate, warm_start
 
 
@@ -22,7 +22,8 @@ def short(name, **changes):
 
 
 def test_the_learning_rate_rises_and_then_falls_to_its_floor():
-    rates = [learning_rate(step, DEFAULT_RECIPE) for step in range(1, 1501)]
+    recipe = Recipe(num_steps=1500, p_hurried=0.5, p_slip=0.0)
+    rates = [learning_rate(step, recipe) for step in range(1, 1501)]
     assert rates[0] == pytest.approx(3e-3 / 50, rel=1e-4)
     assert max(rates) == pytest.approx(3e-3, rel=1e-2)
     assert rates[749] == pytest.approx(3e-3 * (0.05 + 0.95 / 2))

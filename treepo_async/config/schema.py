@@ -31,7 +31,7 @@ def knobs(section: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
             yield prefix + entry.name, entry
 
 
-TINY, TINY_CHAIN = BUILT_IN = ("tiny", "tiny-chain")
+TINY, TINY_PRECEDENCE = BUILT_IN = ("tiny", "tiny-precedence")
 """Built-in tasks; each name is also that of the model that was warm-started on the task."""
 
 
@@ -40,7 +40,7 @@ class ModelConfig:
     """The model that is trained."""
 
     path: str = knob(
-        TINY, "tiny or tiny-chain (built and cached here), a Hugging Face folder, or a hub id"
+        TINY, "tiny or tiny-precedence (built and cached here), a Hugging Face folder, or a hub id"
     )
     dtype: str = knob("float32", "of the engine and the learner", choices=("float32",))
 
@@ -50,7 +50,7 @@ class DataConfig:
     """Where prompts come from."""
 
     path: str = knob(
-        TINY, "tiny or tiny-chain, a .jsonl or .parquet file, or a Hugging Face dataset id"
+        TINY, "tiny or tiny-precedence, a .jsonl or .parquet file, or a Hugging Face dataset id"
     )
     eval_path: str | None = knob(
         None, "held-out problems; default: a fixed part of data.path that is never trained"
@@ -200,7 +200,7 @@ class LearnerConfig:
     """The Megatron-Core learner."""
 
     layout: str = knob("tp1", "ranks: tp, pp and dp sizes, e.g. tp4pp2")
-    lr: float = knob(3e-4, "learning rate after warm-up", above=0)
+    lr: float = knob(1e-4, "learning rate after warm-up", above=0)
     warmup_steps: int = knob(5, "linear warm-up", at_least=0)
     beta1: float = knob(0.9, "AdamW")
     beta2: float = knob(0.98, "AdamW")
@@ -253,11 +253,11 @@ class EvalConfig:
     """Held-out accuracy at a pinned policy version."""
 
     every: int = knob(
-        20,
+        10,
         "steps between evaluations (also before the first and after the last); 0: never",
         at_least=0,
     )
-    problems: int = knob(64, "held-out problems", at_least=1)
+    problems: int = knob(128, "held-out problems", at_least=1)
     samples: int = knob(8, "sampled responses of each problem, beside the greedy one", at_least=1)
     timeout_s: float = knob(300.0, "one evaluation; given up beyond it", above=0)
 
@@ -291,7 +291,7 @@ class Config:
 
     actors: int = knob(2, "actor processes", at_least=1)
     engines: int = knob(1, "SGLang servers; actor i uses engine i modulo engines", at_least=1)
-    steps: int = knob(60, "optimizer steps", at_least=1)
+    steps: int = knob(30, "optimizer steps", at_least=1)
     seed: int = knob(
         0,
         "prompt order, tree forks and fallbacks, model initialisation and warm start; "

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from treepo_async.config.schema import TINY, TINY_CHAIN
+from treepo_async.config.schema import TINY, TINY_PRECEDENCE
 from treepo_async.tiny import chain, precedence
-from treepo_async.tiny.recipe import DEFAULT_RECIPE, Recipe
+from treepo_async.tiny.recipe import Recipe
 from treepo_async.tiny.task import Task
 
 
@@ -21,7 +21,7 @@ class BuiltIn:
 BUILT_INS = {
     built_in.name: built_in
     for built_in in (
-        BuiltIn(TINY, precedence, DEFAULT_RECIPE),
-        BuiltIn(TINY_CHAIN, chain, chain.RECIPE),
+        BuiltIn(TINY, chain, chain.RECIPE),
+        BuiltIn(TINY_PRECEDENCE, precedence, precedence.RECIPE),
     )
 }

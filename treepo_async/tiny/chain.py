@@ -1,4 +1,4 @@
-r"""A chain of distances, one line each: the task `tiny-chain`, an implementation of `task.Task`.
+r"""A chain of distances, one line each: the task `tiny`, an implementation of `task.Task`.
 
 `a#b` is the distance of a and b. Taken from left to right, `6#2#7` is worked as
 
@@ -6,8 +6,9 @@ r"""A chain of distances, one line each: the task `tiny-chain`, an implementatio
     (2) 4#7=3
     \boxed{3}
 
-Every line is a choice between the distance and, hurried, the sum, and a single wrong choice makes the answer wrong:
-unlike in `precedence`, the deciding choices lie all along the response.
+Every line is a choice between the distance and the sum, and a single wrong choice makes the answer wrong: unlike in
+`precedence`, the deciding choices lie all along the response. Demonstrations are tempted to take the sum where the
+second number is large, so a warm-started model does it more often than not, and greedy answers are mostly wrong.
 The invariant: a right line is `LINE_TOKENS` tokens long, so with segments of that length a tree forks between lines.
 """
 
@@ -22,7 +23,10 @@ MAX_OPERATIONS = 6
 LINE_TOKENS = 10
 """Of `(1) 6#2=4` and the line's end; numbers of two digits, which hurried lines have, are single tokens too."""
 
-RECIPE = Recipe(num_steps=800, p_hurried=0.17, p_slip=0.01)
+TEMPTING = 8
+"""A line whose second number is at least this may be hurried; there are one or two in most chains."""
+
+RECIPE = Recipe(num_steps=800, p_hurried=0.55, p_slip=0.01)
 """After it, somewhat more than a third of the sampled answers are right."""
 
 _DIGITS = range(1, 10)
@@ -67,7 +71,7 @@ def demonstration(seed: int, index: int, *, p_hurried: float, p_slip: float) -> 
     Args:
         seed: names the stream.
         index: position in it.
-        p_hurried: chance that a line takes the sum, drawn for each line on its own.
+        p_hurried: chance that a tempting line takes the sum, drawn for each one on its own.
         p_slip: chance of an arithmetic slip, per line.
     """
     rng = random.Random(f"demonstration/{seed}/{index}")
@@ -102,7 +106,7 @@ def _work(rng: random.Random, chain: _Chain, p_hurried: float, p_slip: float) ->
     """The response, line by line."""
     value, lines = chain.numbers[0], []
     for number, operand in enumerate(chain.numbers[1:], start=1):
-        is_hurried = rng.random() < p_hurried
+        is_hurried = operand >= TEMPTING and rng.random() < p_hurried
         result = _sum(value, operand) if is_hurried else _distance(value, operand)
         if rng.random() < p_slip:
             result = max(0, result + rng.choice(_SLIPS))

@@ -1,4 +1,4 @@
-"""Precedence arithmetic, one operation per line: the task `tiny`, an implementation of `task.Task`.
+"""Precedence arithmetic, one operation per line: the task `tiny-precedence`, an implementation of `task.Task`.
 
 Multiply first, or read strictly left to right: the choice that decides the answer is the response's first one.
 """
@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from treepo_async.tiny.recipe import Recipe
 from treepo_async.tiny.task import Demonstration, Problem, is_heldout, stream
 
 MIN_OPERANDS = 4
@@ -15,6 +16,9 @@ MAX_DIGIT = 9
 MAX_VALUE = 39
 """Every intermediate value lies in 0..MAX_VALUE, in both reading orders."""
 MAX_PRODUCTS = 2
+
+RECIPE = Recipe(num_steps=1500, p_hurried=0.42, p_slip=0.02)
+"""After it, almost half of the sampled answers are right."""
 
 _OPERATOR_URN = "++--*"
 _SLIPS = (-10, -2, -1, 1, 2, 10)

@@ -27,7 +27,11 @@ class Recipe:
     and reinforcement learning has something to choose from.
     """
 
-    num_steps: int = 1500
+    num_steps: int
+    p_hurried: float
+    """See `task.Task.demonstration`."""
+    p_slip: float
+    """Likewise."""
     batch_size: int = 32
     learning_rate: float = 3e-3
     min_learning_rate_ratio: float = 0.05
@@ -38,10 +42,7 @@ class Recipe:
     num_demonstrations: int = 16_000
     batches_per_bucket: int = 16
     """Batches cut from one draw sorted by length, so that rows of a batch need little padding."""
-    p_hurried: float = 0.42
-    p_slip: float = 0.02
     num_threads: int = 2
 
 
 DEFAULT_ARCHITECTURE = Architecture()
-DEFAULT_RECIPE = Recipe()
