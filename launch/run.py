@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from treepo_async.cluster.resume import clear_for_resume, find_resume_version, held, parse_resumed
+from treepo_async.cluster.resume import (
+    clear_for_resume,
+    find_resume_version,
+    held,
+    parse_resumed,
+    take_lineage,
+)
 from treepo_async.config.command_line import describe
 from treepo_async.config.schema import Config
 from treepo_async.errors import ConfigError, DataError, RoleError
 
 if TYPE_CHECKING:
     from treepo_async.cluster.plan import Plan
+    from treepo_async.types import PolicyVersion
 
 EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_STOPPED = 1, 2, 130
 
@@ -49,21 +56,32 @@ def train(config: Config, *, dry_run: bool) -> int:
         read_model_config,
         try_inputs,
     )
+    from treepo_async.cluster.ray_cluster import reap_killed_runs
 
-    run_dir = choose_run_dir(config.run_dir)
-    resume_version = find_resume_version(run_dir, config.steps)
     with progress_bar("warm start of the tiny model") as report:
         model_dir = prepare_model(
             config.model.path, cache_dir=Path(config.cache_dir), seed=config.seed, report=report
         )
     model = read_model_config(model_dir)
     prompt = try_inputs(config, model_dir, model)
-    resume_step = None if resume_version is None else resume_version.step
-    plan = make_plan(config, run_dir=run_dir, model_dir=model_dir, resume_step=resume_step)
-    print(describe_plan(config, plan, prompt), flush=True)
+    run_dir = choose_run_dir(config.run_dir)
+
+    def planned(lineage: int) -> "tuple[Plan, PolicyVersion | None]":
+        version = find_resume_version(run_dir, config.steps)
+        step = None if version is None else version.step
+        plan = make_plan(
+            config, run_dir=run_dir, model_dir=model_dir, lineage=lineage, resume_step=step
+        )
+        print(describe_plan(config, plan, prompt), flush=True)
+        return plan, version
+
     if dry_run:
+        planned(lineage=0)
         return 0
     with held(run_dir):
+        # a killed driver's processes may still write into the folder
+        reap_killed_runs(Path(config.cache_dir) / "running")
+        plan, resume_version = planned(take_lineage(run_dir))
         clear_for_resume(run_dir, resume_version)
         make_run_dir(run_dir, config, model)
         return carry_out(config, plan)

@@ -8,7 +8,9 @@ from tests.fakes import (
     ScriptedEngine,
     ascii_settings,
     engine_failure,
+    loopback,
     numbered_prompt,
+    running,
     serve_replay,
     until,
 )
@@ -61,6 +63,21 @@ def pieces_of(runs):
     return {
         tuple(run[i:j]) for run in runs for i in range(len(run)) for j in range(i + 1, len(run) + 1)
     }
+
+
+async def test_a_worker_grows_again_what_a_replay_lost_after_the_last_lease(tmp_path, monkeypatch):
+    monkeypatch.setattr(treepo_async.actor.worker, "LEASE_WAIT_S", 0.05)
+    endpoint = loopback()
+    async with asyncio.timeout(RUN_S), contextlib.AsyncExitStack() as stack:
+        async with serve_replay(endpoint=endpoint, folder=tmp_path) as (server, _):
+            worker = await stack.enter_async_context(worker_on(endpoint, ScriptedEngine()))
+            await stack.enter_async_context(running(worker.serve(concurrent_trees=2)))
+            await until(lambda: states(server) == [State.ACCEPTED] * 2)
+            await until(server.queue.is_finished)
+            await asyncio.sleep(1.5)
+        async with serve_replay(endpoint=endpoint, folder=tmp_path) as (server, _):
+            assert states(server) == [State.WAITING] * 2
+            await until(lambda: states(server) == [State.ACCEPTED] * 2, timeout_s=RUN_S)
 
 
 async def test_a_lease_that_the_engine_fails_on_is_given_up_and_grown_again():

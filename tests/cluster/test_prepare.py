@@ -17,6 +17,13 @@ from treepo_async.tiny.tokenizer import save_tokenizer
 MODEL = {
     "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rope_theta": 300.0,
+    "rms_norm_eps": 1e-6,
     "max_position_embeddings": 512,
 }
 
@@ -104,6 +111,17 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 def test_inputs_that_cannot_be_used_are_named_before_anything_starts(words, named, model_dir):
     with pytest.raises(TreepoError, match=named):
         try_inputs(parse(words), model_dir, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("layout", "key"),
+    [("tp5", "vocab_size"), ("pp4", "num_hidden_layers"), ("tp8", "num_attention")],
+)
+def test_a_layout_that_does_not_fit_the_model_is_refused_before_anything_starts(
+    layout, key, model_dir
+):
+    with pytest.raises(ConfigError, match=f"{key}.*not a multiple of the learner's"):
+        try_inputs(parse([f"learner={layout}"]), model_dir, MODEL)
 
 
 def test_data_without_a_usable_prompt_says_why(model_dir, tmp_path):

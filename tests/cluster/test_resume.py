@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from treepo_async.cluster.resume import (
-    CONFIG_FILE,
     clear_for_resume,
     find_resume_version,
     held,
     parse_resumed,
+    take_lineage,
 )
 from treepo_async.config.command_line import parse, to_yaml
+from treepo_async.config.wiring import CONFIG_FILE, POLICY_FILE
 from treepo_async.errors import ConfigError
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.checkpoints import CheckpointStore, TrainingState
@@ -44,13 +45,12 @@ def test_a_run_is_gone_on_with_as_it_was_configured(run_dir):
 
 def test_what_does_not_change_its_place_in_the_data_may_be_changed(run_dir):
     words = ["steps=40", "actors=8", "learner=tp4pp2", "learner.lr=1e-4", "replay.max_staleness=4"]
+    words += ["data.epochs=2"]
     config = parse_resumed([f"run_dir={run_dir}", *words])
     assert (config.steps, config.actors, config.learner.layout) == (40, 8, "tp4pp2")
 
 
-@pytest.mark.parametrize(
-    "word", ["seed=3", "data=other.jsonl", "replay.prompts_per_batch=8", "data.epochs=2"]
-)
+@pytest.mark.parametrize("word", ["seed=3", "data=other.jsonl", "replay.prompts_per_batch=8"])
 def test_what_decides_its_place_in_the_data_may_not_be_changed(run_dir, word):
     key, _, value = word.replace("data=", "data.path=").partition("=")
     with pytest.raises(
@@ -85,8 +85,21 @@ def test_checkpoints_that_are_all_damaged_are_told_of_rather_than_begun_anew(run
         find_resume_version(run_dir, 20)
 
 
+def leave_model(run_dir, version):
+    (run_dir / "model").mkdir()
+    (run_dir / "model" / POLICY_FILE).write_text(f"{version}\n")
+
+
+def test_a_run_that_was_killed_before_it_left_its_model_is_gone_on_with_to_leave_it(run_dir):
+    save_checkpoint(run_dir, "0.20")
+    assert find_resume_version(run_dir, 20) == PolicyVersion(0, 20)
+    leave_model(run_dir, "0.10")
+    assert find_resume_version(run_dir, 20) == PolicyVersion(0, 20)
+
+
 def test_a_run_that_has_all_its_steps_says_how_to_get_more(run_dir):
     save_checkpoint(run_dir, "0.20")
+    leave_model(run_dir, "0.20")
     with pytest.raises(ConfigError, match=r"has done its 20 steps; give steps=N for more"):
         find_resume_version(run_dir, 20)
     assert find_resume_version(run_dir, 21) == PolicyVersion(0, 20)
@@ -109,6 +122,17 @@ def test_a_run_that_had_made_no_checkpoint_begins_anew(run_dir):
     shutil.rmtree(run_dir / "checkpoints")
     clear_for_resume(run_dir, None)
     assert {path.name for path in run_dir.iterdir()} == {CONFIG_FILE}
+
+
+def test_a_new_run_has_lineage_0_and_each_start_a_higher_one_whatever_was_used_or_removed(tmp_path):
+    assert take_lineage(tmp_path) == 0
+    assert take_lineage(tmp_path) == 1
+    save_checkpoint(tmp_path, "3.10")
+    assert take_lineage(tmp_path) == 4
+    (tmp_path / "weights" / "7.12").mkdir(parents=True)
+    assert take_lineage(tmp_path) == 8
+    clear_for_resume(tmp_path, PolicyVersion(3, 10))
+    assert take_lineage(tmp_path) == 9
 
 
 def test_two_drivers_cannot_hold_one_folder(tmp_path):

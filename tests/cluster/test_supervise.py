@@ -1,7 +1,8 @@
 import os
 import re
 import signal
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
 import pytest
@@ -386,6 +387,40 @@ def test_the_loss_of_a_ray_worker_is_told_by_the_name_of_its_role(tmp_path):
     ) as e:
         it.supervisor.run()
     assert e.value.tail == "its last line"
+
+
+def test_a_role_that_is_started_again_has_its_own_time_to_get_ready(tmp_path):
+    rules = replace(RULES, start_timeout_s=0.3)
+    it = driver(
+        tmp_path,
+        rules=rules,
+        max_restarts=1,
+        replay=[says(READY), *[says()] * 40, says(exit_code=-9), says()],
+    )
+    with pytest.raises(RoleError, match=r"replay-0 was not ready after 0\.3 s"):
+        it.supervisor.run()
+    assert it.roles["replay-0"].num_starts == 2
+
+
+def test_what_fails_once_the_model_is_there_is_told_and_the_run_has_ended_well(tmp_path):
+    rules = replace(RULES, eval_every=1, eval_timeout_s=20)
+    it = driver(
+        tmp_path,
+        rules=rules,
+        actor=[says(READY), says(), says(exit_code=1), says(exit_code=1), says()],
+        learner=[says(READY), says(DONE, exit_code=0), says()],
+    )
+    assert it.supervisor.run() == "/run/model"
+    assert it.text[-1] == "after the last step: actor-0 ended with code 1"
+
+
+def test_an_evaluation_that_an_earlier_start_of_the_run_had_is_not_waited_for(tmp_path):
+    rules = replace(RULES, num_steps=9, eval_every=2, eval_timeout_s=20)
+    it = driver(tmp_path, rules=rules, learner=[says(READY), says(DONE, exit_code=0)])
+    it.supervisor.plan = replace(it.supervisor.plan, resume_step=2)
+    began = time.monotonic()
+    assert it.supervisor.run() == "/run/model"
+    assert time.monotonic() - began < 10
 
 
 def test_a_role_that_is_not_ready_in_time_ends_the_run_by_its_name(tmp_path):

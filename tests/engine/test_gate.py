@@ -11,7 +11,7 @@ from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.errors import DeadlineError
 from treepo_async.types import PolicyVersion
-from treepo_async.wire.messages import Join
+from treepo_async.wire.messages import Evaluated, Join
 from treepo_async.wire.sockets import Requester
 
 FIRST, SECOND, THIRD = (PolicyVersion(0, step) for step in (1, 2, 3))
@@ -182,6 +182,25 @@ async def test_a_version_is_held_until_it_is_evaluated():
         assert keeper.is_held(), "another version was evaluated"
         await evaluator.evaluated(FIRST)
         await until(lambda: not keeper.is_held())
+
+
+async def test_a_word_of_an_evaluation_that_was_lost_is_said_again(monkeypatch):
+    monkeypatch.setattr(treepo_async.engine.gate, "BEAT_S", 0.05)
+    async with two_clients() as (keeper, evaluator, _):
+        await keeper.open(FIRST, evaluate=True, hold_s=60)
+        assert await evaluator.to_evaluate.get() == FIRST
+        tell, lost = evaluator._host.tell, []
+
+        async def lose_once(message):
+            if isinstance(message, Evaluated) and not lost:
+                lost.append(message)
+            else:
+                await tell(message)
+
+        evaluator._host.tell = lose_once
+        await evaluator.evaluated(FIRST)
+        await until(lambda: not keeper.is_held())
+        assert len(lost) == 1
 
 
 async def test_a_version_is_held_no_longer_than_its_deadline():

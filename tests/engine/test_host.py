@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import shutil
+import threading
 from dataclasses import dataclass, replace
 
 import aiohttp
@@ -24,6 +25,7 @@ from treepo_async.engine.host import Host, HostRules
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import EngineError, WeightsError
 from treepo_async.types import PolicyVersion
+from treepo_async.weights.manifest import verify
 from treepo_async.weights.store import WeightStore
 
 FIRST, SECOND, THIRD = (PolicyVersion(0, step) for step in (1, 2, 3))
@@ -110,7 +112,7 @@ def base_dir(tmp_path):
 
 
 @contextlib.asynccontextmanager
-async def house(tmp_path, base_dir, *, evaluates=False, **rules):
+async def house(tmp_path, base_dir, *, evaluates=False, evaluates_base=True, **rules):
     endpoint = loopback()
     async with FakeSGLang() as sglang, aiohttp.ClientSession() as session:
         server = FakeServer(sglang, session, tmp_path / "sglang.log")
@@ -122,6 +124,7 @@ async def house(tmp_path, base_dir, *, evaluates=False, **rules):
             rules=replace(RULES, **rules),
             base_dir=base_dir,
             evaluates=evaluates,
+            evaluates_base=evaluates_base,
         )
         task = asyncio.create_task(host.run())
         gate = GateClient(endpoint, name="actor-0", evaluates=True, timeout_s=10)
@@ -385,6 +388,26 @@ async def test_a_server_that_dies_is_started_again_with_the_weights_it_had(
     assert "SGLang died\na line of its log" in alarm["detail"]
 
 
+async def test_a_server_that_dies_while_a_publication_is_verified_is_noticed_at_once(
+    tmp_path, base_dir, monkeypatch
+):
+    verified = threading.Event()
+
+    def slow_verify(*arguments):
+        verified.wait(20)
+        return verify(*arguments)
+
+    monkeypatch.setattr(treepo_async.engine.host, "verify", slow_verify)
+    async with house(tmp_path, base_dir) as it:
+        publish_fake(it.store, FIRST)
+        await asyncio.sleep(0.2)
+        it.server.is_running = False
+        await until(lambda: len(it.server.starts) == 2)
+        assert it.host.applied == BASE
+        verified.set()
+        await it.applied(FIRST)
+
+
 async def test_a_server_that_keeps_dying_ends_the_host(tmp_path, base_dir):
     async with house(tmp_path, base_dir, max_restarts=1) as it:
         it.server.is_running = False
@@ -410,6 +433,15 @@ async def test_the_next_version_waits_for_the_evaluation_of_the_one_before(tmp_p
         await it.applied(THIRD)
         loaded = [b["weight_version"] for b in it.sglang.bodies("/update_weights_from_disk")]
         assert loaded == ["0.1", "0.3"], "the newest one, and none between"
+
+
+async def test_a_host_that_takes_the_place_of_another_does_not_have_the_first_model_evaluated_again(
+    tmp_path, base_dir
+):
+    async with house(tmp_path, base_dir, evaluates=True, evaluates_base=False) as it:
+        publish_fake(it.store, FIRST)
+        await it.applied(FIRST)
+        assert it.gate.to_evaluate.empty()
 
 
 async def test_an_evaluation_goes_on_over_the_death_of_the_server(tmp_path, base_dir):

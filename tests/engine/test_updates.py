@@ -197,6 +197,7 @@ async def house(models, tmp_path_factory):
             rules=HostRules(DRAIN, START_S, CALL_S, CALL_S, CALL_S, 2, 8, CLOSE),
             base_dir=base_dir,
             evaluates=False,
+            evaluates_base=False,
         )
         try:
             async with (

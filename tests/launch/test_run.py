@@ -30,9 +30,16 @@ def inputs(tmp_path):
     folder.mkdir()
     save_tokenizer(folder, 256)
     config = {
+        "architectures": ["Qwen2ForCausalLM"],
         "max_position_embeddings": 256,
         "vocab_size": 32,
-        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "rope_theta": 300.0,
+        "rms_norm_eps": 1e-6,
     }
     (folder / "config.json").write_text(json.dumps(config))
     data = tmp_path / "problems.jsonl"

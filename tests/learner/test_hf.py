@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("groups")]
 
 
 def shape_of(model_dir):
-    from treepo_async.learner.model import ModelShape
+    from treepo_async.learner.shape import ModelShape
 
     return ModelShape.from_config(json.loads((model_dir / "config.json").read_text()))
 

@@ -36,6 +36,7 @@ RULES = WorkerRules(
     eval_every=2,
     save_every=2,
     batch_timeout_s=20.0,
+    reply_timeout_s=20.0,
     gap_alarm=1e-4,
     dtype=torch.float32,
     layout="tp2",
@@ -86,6 +87,9 @@ class FakeTeam:
 
     def export(self, kind=WEIGHTS):
         yield "model.weight", torch.full((2,), float(len(self.calls)) + (kind != WEIGHTS) / 2)
+
+    def keep_waiting(self, work):
+        work()
 
     def score(self, sequences):
         return [np.zeros(len(s) - 1, np.float32) for s in sequences]
@@ -233,7 +237,12 @@ async def test_a_learner_that_goes_back_trains_the_same_batches_again_under_a_ne
         died = [leases for _, leases, _ in it.team.calls]
         checkpoint = it.checkpoints.newest(print)
         it.worker._ask = ask
-        start = Start.of(checkpoint.state, it.store.versions())
+        start = Start.of(
+            checkpoint.state,
+            published=it.store.versions(),
+            saved=it.checkpoints.versions(),
+            lineage=0,
+        )
         again = FakeTeam(it.server)
         it.worker = Worker(
             again,
@@ -261,7 +270,7 @@ async def test_a_resumed_run_publishes_its_checkpoint_for_engines_that_have_the_
         checkpoint = it.checkpoints.newest(print)
     for version in ("0.1", "0.2"):
         (tmp_path / "weights" / version).rename(tmp_path / f"gone-{version}")
-    start = Start.of(checkpoint.state, [])
+    start = Start.of(checkpoint.state, published=[], saved=[PolicyVersion(0, 2)], lineage=1)
     async with learning(tmp_path, num_steps=3, start=start, resume_step=2) as it:
         assert await it.train() == 3
         assert [str(v) for v in it.store.versions()] == ["1.2", "1.3"]
@@ -271,18 +280,27 @@ async def test_a_resumed_run_publishes_its_checkpoint_for_engines_that_have_the_
 
 
 @pytest.mark.parametrize(
-    ("saved", "published", "version", "newest"),
+    ("loaded", "saved", "published", "lineage", "version", "newest"),
     [
-        (None, [], "0.0", -1),
-        (None, ["0.1", "0.2"], "1.0", 2),
-        ("0.2", ["0.1", "0.2", "0.3"], "1.2", 3),
-        ("1.4", ["0.4", "1.4", "1.5"], "2.4", 5),
-        ("1.4", [], "2.4", -1),
+        (None, [], [], 0, "0.0", -1),
+        (None, [], ["0.1", "0.2"], 0, "1.0", 2),
+        ("0.2", ["0.2"], ["0.1", "0.2", "0.3"], 0, "1.2", 3),
+        ("1.4", ["1.4"], ["0.4", "1.4", "1.5"], 0, "2.4", 5),
+        ("1.4", ["1.4"], [], 2, "2.4", -1),
+        ("0.2", ["0.2", "1.4"], [], 1, "2.2", -1),
+        ("0.2", ["0.2"], [], 5, "5.2", -1),
     ],
 )
-def test_whoever_begins_again_takes_a_lineage_that_nobody_had(saved, published, version, newest):
-    state = None if saved is None else TrainingState(saved, 1, "tp1", "", [[1, 2]])
-    start = Start.of(state, [PolicyVersion.parse(text) for text in published])
+def test_whoever_begins_again_takes_a_lineage_that_nobody_had(
+    loaded, saved, published, lineage, version, newest
+):
+    state = None if loaded is None else TrainingState(loaded, 1, "tp1", "", [[1, 2]])
+    start = Start.of(
+        state,
+        published=[PolicyVersion.parse(text) for text in published],
+        saved=[PolicyVersion.parse(text) for text in saved],
+        lineage=lineage,
+    )
     assert (str(start.version), start.newest_published) == (version, newest)
 
 

@@ -77,6 +77,35 @@ def test_what_was_left_of_a_write_that_was_cut_off_is_no_checkpoint(store):
     assert store.newest(unexpected).state.version == "0.20"
 
 
+def test_what_a_killed_writer_left_goes_with_the_next_save_and_what_is_not_ours_stays(store):
+    saved(store, "0.10")
+    (store.folder / ".0.20").mkdir()
+    (store.folder / ".old-0.5").mkdir()
+    (store.folder / "0.10.bak").mkdir()
+    saved(store, "1.20")
+    assert {entry.name for entry in store.folder.iterdir()} == {"0.10", "1.20", "0.10.bak"}
+    assert [str(version) for version in store.versions()] == ["0.10", "1.20"]
+
+
+def test_slow_work_is_done_apart_and_no_tensor_is_asked_for_in_it(store):
+    doing, asked = [], []
+
+    def apart(work):
+        doing.append(True)
+        work()
+        doing.pop()
+
+    def gathered(kind):
+        for tensor in tensors(1.0):
+            asked.append((kind, list(doing)))
+            yield tensor
+
+    kinds = [(kind, gathered(kind)) for kind in ("weights", "exp_avg")]
+    store.save(state(), kinds, apart=apart)
+    assert asked == [("weights", []), ("exp_avg", [])]
+    store.newest(unexpected).verify()
+
+
 def cut_short(folder):
     file = folder / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-1])

@@ -48,7 +48,7 @@ async def main(wiring: Wiring) -> None:
         gate,
         aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
     ):
-        replay = ReplayClient(requester)
+        replay = ReplayClient(requester, reply_timeout_s=config.cluster.start_timeout_s)
         engine = EngineClient(
             wiring.engine_url,
             gate,
@@ -75,9 +75,7 @@ async def main(wiring: Wiring) -> None:
             if evaluates:
                 evaluator = _evaluator(config, model, tokenizer, settings, engine, gate)
                 tasks.create_task(evaluator.run(), name="evaluation")
-            await worker.run(config.actor.concurrent_trees)
-            emit("done")
-            await asyncio.Event().wait()
+            await worker.serve(config.actor.concurrent_trees)
 
 
 def expand_settings(config: Config, tokenizer: TextTokenizer) -> ExpandSettings:

@@ -20,14 +20,19 @@ from treepo_async.wire.sockets import Requester
 
 LEASE_WAIT_S = 5.0
 """Replay answers within this time, if only to say why there is no lease."""
-REPLY_TIMEOUT_S = 60.0
 
 
 class ReplayClient:
     """Requests of one actor."""
 
-    def __init__(self, requester: Requester) -> None:
-        self._replay = requester
+    def __init__(self, requester: Requester, *, reply_timeout_s: float = 60.0) -> None:
+        """Prepare.
+
+        Args:
+            requester: connected to replay.
+            reply_timeout_s: longest wait for an answer; a replay that was killed must be able to start within it.
+        """
+        self._replay, self._reply_timeout_s = requester, reply_timeout_s
 
     async def hello(self, *, name: str, run_id: str, timeout_s: float) -> None:
         """Introduce this actor; waits until replay is up.
@@ -45,7 +50,7 @@ class ReplayClient:
         while True:
             answer, _ = await self._replay.ask(
                 AskLease(wait_s=LEASE_WAIT_S),
-                timeout_s=REPLY_TIMEOUT_S,
+                timeout_s=self._reply_timeout_s,
                 wait="an answer to AskLease",
             )
             if isinstance(answer, Leased):
@@ -63,13 +68,13 @@ class ReplayClient:
         """
         message = PutTree(lease_id=lease.lease_id, attempt=lease.attempt)
         await self._replay.ask(
-            message, encode_tree(tree), timeout_s=REPLY_TIMEOUT_S, wait="the ack of a tree"
+            message, encode_tree(tree), timeout_s=self._reply_timeout_s, wait="the ack of a tree"
         )
 
     async def give_up(self, lease: Leased, reason: str) -> None:
         """Let another actor try."""
         message = GiveUp(lease_id=lease.lease_id, attempt=lease.attempt, reason=reason)
-        await self._replay.ask(message, timeout_s=REPLY_TIMEOUT_S, wait="an answer to GiveUp")
+        await self._replay.ask(message, timeout_s=self._reply_timeout_s, wait="an answer to GiveUp")
 
     async def beat(self, lease_ids: Iterable[str]) -> None:
         """Say that work on these leases goes on."""

@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from treepo_async.actor.expand import Engine, ExpandSettings, expand
-from treepo_async.actor.replay_client import ReplayClient, is_lost, prompt_of
+from treepo_async.actor.replay_client import (
+    LEASE_WAIT_S,
+    ReplayClient,
+    is_lost,
+    prompt_of,
+)
 from treepo_async.actor.score import score_tree, shuffled
 from treepo_async.engine.client import all_of
 from treepo_async.errors import DeadlineError, EngineError, RefusedError
@@ -50,6 +55,12 @@ class Worker:
     reward: RewardSettings
     seed: int
     _leases: set[str] = field(default_factory=set)
+
+    async def serve(self, concurrent_trees: int) -> None:
+        """`run` for ever: a replay that dies has the trees that it lost grown again, also after the last prompt."""
+        while True:
+            await self.run(concurrent_trees)
+            await asyncio.sleep(LEASE_WAIT_S)
 
     async def run(self, concurrent_trees: int) -> None:
         """Keep that many prompts growing until the leases end."""

@@ -43,6 +43,8 @@ class Narrator:
     """The learner's last event."""
     evaluated_step: int = -1
     """Newest policy step whose evaluation has ended, well or not."""
+    _starts: dict[str, float] = field(default_factory=dict)
+    """When the newest process of each role was started."""
     _pids: dict[str, int] = field(default_factory=dict)
     """Of every process that was told of: roles, and the learner's ranks."""
     _finished: Counter[str] = field(default_factory=Counter)
@@ -73,8 +75,10 @@ class Narrator:
             self._on_measured(role, kind, event)
 
     def on_start(self, role: str, pid: int) -> None:
-        """A role's process was started."""
+        """A role's process was started; it counts as ready once it says so."""
         self._pids[role] = pid
+        self._starts[role] = time.monotonic()
+        self.ready.discard(role)
         self.log.write({"time": time.time(), "role": role, "event": "started", "pid": pid})
 
     def line(self, text: str) -> None:
@@ -85,6 +89,10 @@ class Narrator:
     def seconds(self) -> float:
         """Time since the start."""
         return time.monotonic() - self._began
+
+    def starting_s(self, role: str) -> float:
+        """Time since a role's process was started, 0 once it is ready."""
+        return 0.0 if role in self.ready else time.monotonic() - self._starts[role]
 
     def is_settled(self) -> bool:
         """Whether every step that came has been told."""
@@ -104,7 +112,7 @@ class Narrator:
 
     def _on_ready(self, role: str, _: Event) -> None:
         self.ready.add(role)
-        self.line(f"ready {role} after {self.seconds():.0f} s")
+        self.line(f"ready {role} after {time.monotonic() - self._starts[role]:.0f} s")
 
     def _on_rank(self, role: str, event: Event) -> None:
         self._pids[f"{role}/rank-{event['rank']}"] = event["pid"]

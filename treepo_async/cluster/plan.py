@@ -29,7 +29,12 @@ class Plan:
 
 
 def make_plan(
-    config: Config, *, run_dir: Path, model_dir: Path, resume_step: int | None = None
+    config: Config,
+    *,
+    run_dir: Path,
+    model_dir: Path,
+    lineage: int = 0,
+    resume_step: int | None = None,
 ) -> Plan:
     """Name, number and wire the roles of a run.
 
@@ -37,6 +42,7 @@ def make_plan(
         config: of the run.
         run_dir: of the run.
         model_dir: the initial model.
+        lineage: least one of the run's weights.
         resume_step: policy step of the checkpoint to go on from.
     """
     run_id = secrets.token_hex(4)
@@ -49,6 +55,7 @@ def make_plan(
         gate_endpoint="",
         engine_url="",
         role="",
+        lineage=lineage,
         resume_step=resume_step,
     )
 

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from treepo_async.config.command_line import to_yaml
+from treepo_async.config.layout import Layout
 from treepo_async.config.limits import ARCHITECTURES, context_length, prompt_limit, response_limit
 from treepo_async.config.schema import Config
+from treepo_async.config.wiring import CONFIG_FILE
 from treepo_async.data.source import PromptSource, open_source
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import ConfigError, DataError
+from treepo_async.learner.shape import ModelShape, check_split
 from treepo_async.scoring.registry import get_scorer
 from treepo_async.tiny.built_in import BUILT_INS
 from treepo_async.tiny.cache import prepare
@@ -53,7 +56,7 @@ def prepare_model(
 
 
 def try_inputs(config: Config, model_dir: Path, model: Mapping[str, Any]) -> Prompt:
-    """Open data, tokenizer and scorer as the roles will, so that what is wrong is told before they start.
+    """Open data, tokenizer and scorer as the roles will, and see whether the model fits the layout, before they start.
 
     Returns:
         A prompt as the engine will get it.
@@ -61,6 +64,8 @@ def try_inputs(config: Config, model_dir: Path, model: Mapping[str, Any]) -> Pro
     Raises:
         ConfigError, DataError: naming the key, and what would do.
     """
+    layout = Layout.parse(config.learner.layout)
+    check_split(ModelShape.from_config(model), tp=layout.tp, pp=layout.pp)
     get_scorer(config.reward.scorer)
     source = open_source(
         config.data,
@@ -110,7 +115,10 @@ def make_run_dir(run_dir: Path, config: Config, model: Mapping[str, Any]) -> Non
         engine=replace(config.engine, context_length=context_length(config, model)),
     )
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(to_yaml(resolved))
+    temporary = run_dir / ".config.yaml"
+    temporary.write_text(to_yaml(resolved))
+    # by one rename: a file that is cut off would be read as other values
+    temporary.replace(run_dir / CONFIG_FILE)
 
 
 def read_model_config(model_dir: Path) -> dict[str, Any]:

@@ -9,13 +9,18 @@ from pathlib import Path
 
 from treepo_async.config.command_line import load, parse
 from treepo_async.config.schema import Config, knobs
+from treepo_async.config.wiring import CONFIG_FILE, POLICY_FILE
 from treepo_async.errors import ConfigError, WeightsError
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.checkpoints import CheckpointStore
+from treepo_async.weights.store import versions_in
 
 FIXED = ("seed", "model.", "data.", "replay.prompts_per_batch")
 """Keys, and beginnings of keys, that a run keeps for good: its place in the data depends on them."""
-CONFIG_FILE = "config.yaml"
+FREE = ("data.epochs",)
+"""Exceptions: more of the same data comes behind what there was."""
+LINEAGE_FILE = "lineage"
+"""In a run's folder: the highest lineage that a driver has given out."""
 
 
 def parse_resumed(words: Sequence[str]) -> Config:
@@ -36,7 +41,9 @@ def parse_resumed(words: Sequence[str]) -> Config:
     changed = [
         f"{key}={attrgetter(key)(resumed)} was {attrgetter(key)(saved)}"
         for key, _ in knobs(Config)
-        if key.startswith(FIXED) and attrgetter(key)(resumed) != attrgetter(key)(saved)
+        if key.startswith(FIXED)
+        and key not in FREE
+        and attrgetter(key)(resumed) != attrgetter(key)(saved)
     ]
     if changed:
         raise ConfigError(
@@ -50,7 +57,7 @@ def find_resume_version(run_dir: Path, num_steps: int) -> PolicyVersion | None:
     """The version of the newest whole checkpoint of a run; None when it has made none yet.
 
     Raises:
-        ConfigError: the run has all its steps, or none of its checkpoints is whole.
+        ConfigError: the run has all its steps and its model, or none of its checkpoints is whole.
     """
     damaged: list[WeightsError] = []
     checkpoints = CheckpointStore(run_dir / "checkpoints", keep=1)
@@ -60,11 +67,34 @@ def find_resume_version(run_dir: Path, num_steps: int) -> PolicyVersion | None:
     if newest is None:
         return None
     version = newest.state.policy_version
-    if version.step >= num_steps:
+    if version.step >= num_steps and _has_model(run_dir, version):
         raise ConfigError(
             f"run_dir={run_dir} has done its {version.step} steps; give steps=N for more, or name another folder"
         )
     return version
+
+
+def _has_model(run_dir: Path, version: PolicyVersion) -> bool:
+    """Whether the run left the model of a version as its last act; it may have been killed before that."""
+    file = run_dir / "model" / POLICY_FILE
+    return file.is_file() and PolicyVersion.parse(file.read_text().strip()).step >= version.step
+
+
+def take_lineage(run_dir: Path) -> int:
+    """A lineage that no weights of the run have had, noted so that nobody gets it again; 0 for a new run.
+
+    To be called before `clear_for_resume`, which removes traces of those that were used.
+    """
+    file = run_dir / LINEAGE_FILE
+    used = [int(file.read_text())] if file.is_file() else []
+    for folder in (run_dir / "weights", run_dir / "checkpoints"):
+        if folder.is_dir():
+            used += [version.lineage for version in versions_in(folder)]
+    lineage = max(used, default=-1) + 1
+    temporary = file.with_name(f".{LINEAGE_FILE}")
+    temporary.write_text(str(lineage))
+    temporary.replace(file)
+    return lineage
 
 
 def clear_for_resume(run_dir: Path, resume_version: PolicyVersion | None) -> None:

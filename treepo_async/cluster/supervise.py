@@ -1,8 +1,10 @@
 """The driver's loop: start every role, hand on what they tell, end with the run or with the first death for good.
 
-Waits: for all roles to be ready (`start_timeout_s`), for the learner's `done`, then for the evaluation of the last
-version (`eval_timeout_s`). A role that is killed is started again as often as its spec allows, and goes on where the
-run stands; one that ends by itself had a reason, and the run ends with a RoleError that carries its last lines. The first Ctrl-C ends the run in order, the second one at once.
+Waits: for each role to be ready after its start (`start_timeout_s`), for the learner's `done`, then for the evaluation
+of the last version (`eval_timeout_s`). A role that is killed is started again as often as its spec allows, and goes on
+where the run stands; one that ends by itself had a reason, and unless its spec says that it survives that, the run ends
+with a RoleError that carries its last lines. What fails once the learner is done is only told: the model is there. The
+first Ctrl-C ends the run in order, the second one at once.
 """
 
 import signal
@@ -64,7 +66,7 @@ class Supervisor:
         try:
             self._start_all()
             done = self._watch_until_done()
-            self._settle(done)
+            self._settle_if_possible(done)
         except RoleError as error:
             if self._stopping:
                 # a terminal's Ctrl-C reaches Ray's processes too: they may be gone before we are told
@@ -90,6 +92,14 @@ class Supervisor:
             self._check_start()
         return self.narrator.done
 
+    def _settle_if_possible(self, done: dict[str, Any]) -> None:
+        try:
+            self._settle(done)
+        except RoleError as error:
+            if self._stopping:
+                raise
+            self.narrator.line(f"after the last step: {error}")
+
     def _settle(self, done: dict[str, Any]) -> None:
         """Watch until nothing is to come: the last evaluation, and word of the last weights."""
         last_evaluation = self._last_evaluation(done["num_steps"])
@@ -105,9 +115,11 @@ class Supervisor:
 
     def _look(self) -> None:
         """Hand on what the roles told since the last look, and see who has ended."""
-        for spec, report in zip(self.plan.roles, self._reports(), strict=True):
+        pairs = list(zip(self.plan.roles, self._reports(), strict=True))
+        for spec, report in pairs:
             for event in report.events:
                 self.narrator.on_event(spec.name, event)
+        for spec, report in pairs:
             if report.exit_code is not None:
                 self._on_exit(spec, report)
         self.cluster.record()
@@ -131,18 +143,20 @@ class Supervisor:
             raise RoleError(role, cause, self._tail_of(role)) from error
 
     def _last_evaluation(self, num_steps: int) -> int:
-        """The last policy step that is evaluated; the data may have ended before the wanted steps."""
+        """The last policy step that is evaluated here, -1 for none; the data may have ended before the wanted steps."""
         every = self.rules.eval_every
         if every == 0:
             return -1
-        return num_steps if num_steps == self.rules.num_steps else num_steps - num_steps % every
+        last = num_steps if num_steps == self.rules.num_steps else num_steps - num_steps % every
+        is_old = self.plan.resume_step is not None and last <= self.plan.resume_step
+        return -1 if is_old else last
 
     def _check_start(self) -> None:
-        missing = [s.name for s in self.plan.roles if s.name not in self.narrator.ready]
         limit = self.rules.start_timeout_s
-        if missing and self.narrator.seconds() > limit:
-            tail = self._tail_of(missing[0])
-            raise RoleError(missing[0], f"was not ready after {limit:g} s", tail)
+        for spec in self.plan.roles:
+            if self.narrator.starting_s(spec.name) > limit:
+                cause = f"was not ready after {limit:g} s"
+                raise RoleError(spec.name, cause, self._tail_of(spec.name))
 
     def _log_file(self, name: str) -> Path:
         return self.plan.run_dir / "logs" / f"{name}.log"

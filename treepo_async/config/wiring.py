@@ -5,6 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
+CONFIG_FILE = "config.yaml"
+"""In a run's folder."""
+POLICY_FILE = "policy_version"
+"""In the folder of a trained model: which one it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wiring:
@@ -21,13 +26,15 @@ class Wiring:
     """Name of the process, e.g. `actor-0`."""
     index: int = 0
     """Its number among the processes of its kind."""
+    lineage: int = 0
+    """Least lineage of the weights of this run; those below it were used before."""
     resume_step: int | None = None
     """Policy step of the checkpoint that this run goes on from; None for a fresh run."""
 
     @property
     def config_file(self) -> Path:
         """The resolved config of the run."""
-        return Path(self.run_dir) / "config.yaml"
+        return Path(self.run_dir) / CONFIG_FILE
 
     @property
     def weights_dir(self) -> Path:

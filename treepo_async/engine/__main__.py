@@ -26,13 +26,15 @@ async def main(wiring: Wiring) -> None:
     async with aiohttp.ClientSession() as session:
         server = Server(_server_options(config, wiring), session)
         keeper = GateKeeper(wiring.gate_endpoint)
+        store = WeightStore(wiring.weights_dir, keep=config.replay.max_staleness + 3)
         host = Host(
             server=server,
             keeper=keeper,
-            store=WeightStore(wiring.weights_dir, keep=config.replay.max_staleness + 3),
+            store=store,
             rules=_host_rules(config),
             base_dir=Path(wiring.model_dir),
             evaluates=wiring.index == 0 and config.eval.every > 0,
+            evaluates_base=wiring.resume_step is None and not store.versions(),
         )
         try:
             await host.run()

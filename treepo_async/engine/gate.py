@@ -120,7 +120,7 @@ class GateClient:
         return PolicyVersion(self._gate.lineage, self._gate.step)
 
     def _see(self, gate: Gate) -> None:
-        if gate.epoch > self._gate.epoch:
+        if gate.host != self._gate.host or gate.epoch >= self._gate.epoch:
             self._gate = gate
             self._changed.set()
             self._see_evaluation()
@@ -128,7 +128,7 @@ class GateClient:
         self._report_if_drained()
 
     def _see_evaluation(self) -> None:
-        """Pass on a version to be evaluated, once: an engine or a host that restarts opens its gate anew."""
+        """Pass on a version to be evaluated, once; say again that it is done to a host that has not heard of it."""
         version = self._version()
         if not (self._gate.is_open and self._gate.evaluate and self._join.evaluates):
             return

@@ -7,6 +7,7 @@ a client that has been silent for `silent_s` no longer counts).
 import asyncio
 import logging
 import time
+import uuid
 from dataclasses import dataclass
 
 from treepo_async.errors import WireError
@@ -44,8 +45,7 @@ class GateKeeper:
     def __init__(self, endpoint: str, *, silent_s: float = SILENT_S) -> None:
         self._silent_s = silent_s
         self._router = Router(endpoint, max_bytes=MAX_MESSAGE_BYTES)
-        # by the clock, so that clients of an earlier host of this endpoint see that it comes later
-        self._gate = Gate(epoch=time.time_ns() // 10**6, is_open=False)
+        self._gate = Gate(epoch=0, is_open=False, host=uuid.uuid4().hex)
         self._clients: dict[bytes, _Client] = {}
         self._changed = asyncio.Event()
         self._hold_until = 0.0
@@ -107,6 +107,7 @@ class GateKeeper:
         self._gate = Gate(
             epoch=self._gate.epoch + 1,
             is_open=is_open,
+            host=self._gate.host,
             lineage=version.lineage,
             step=version.step,
             evaluate=evaluate,

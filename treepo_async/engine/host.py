@@ -19,6 +19,7 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,13 @@ from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import EngineError, WeightsError
 from treepo_async.metrics.events import emit
 from treepo_async.types import PolicyVersion
-from treepo_async.weights.manifest import Manifest, Probe, published_tensors, verify
+from treepo_async.weights.manifest import (
+    Manifest,
+    Probe,
+    TensorInfo,
+    published_tensors,
+    verify,
+)
 from treepo_async.weights.store import WeightStore
 
 LOOK_S = 0.05
@@ -73,7 +80,9 @@ class Host:
     base_dir: Path
     """The initial model: policy version 0.0."""
     evaluates: bool
-    """Whether versions marked for it are evaluated on this server, and so held; version 0.0 is marked."""
+    """Whether versions marked for it are evaluated on this server, and so held."""
+    evaluates_base: bool
+    """Whether version 0.0 is marked: where a run begins, not where a host takes the place of another."""
     applied: PolicyVersion = BASE_VERSION
     refused: set[PolicyVersion] = field(default_factory=set)
     _checksum: str = ""
@@ -95,7 +104,7 @@ class Host:
         self._base_checksum = self._checksum
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.keeper.serve(), name="gate")
-            await self._open(evaluate=self.evaluates)
+            await self._open(evaluate=self.evaluates and self.evaluates_base)
             emit("ready", url=self.server.url, start_s=start_s)
             tasks.create_task(self._sample_idleness(), name="idleness")
             tasks.create_task(self._follow_store(), name="weights")
@@ -104,19 +113,33 @@ class Host:
         expected = published_tensors(self.base_dir)
         while True:
             await asyncio.sleep(LOOK_S)
-            if not self.server.is_alive():
-                await self._restart("SGLang died\n" + self.server.log_tail())
+            await self._look_after_server()
             if self.keeper.is_held():
                 continue
             version = self._next_version()
             if version is None:
                 continue
             try:
-                manifest = await asyncio.to_thread(verify, self.store.path(version), expected)
+                manifest = await self._verified(version, expected)
             except WeightsError as error:
                 self._refuse(version, error)
                 continue
             await self._apply(version, manifest)
+
+    async def _look_after_server(self) -> None:
+        if not self.server.is_alive():
+            await self._restart("SGLang died\n" + self.server.log_tail())
+
+    async def _verified(
+        self, version: PolicyVersion, expected: Mapping[str, TensorInfo]
+    ) -> Manifest:
+        """`verify`, which takes long for a large model, while the server is looked after."""
+        work = asyncio.to_thread(verify, self.store.path(version), expected)
+        verification = asyncio.ensure_future(work)
+        while not verification.done():
+            await asyncio.wait([verification], timeout=LOOK_S)
+            await self._look_after_server()
+        return verification.result()
 
     def _next_version(self) -> PolicyVersion | None:
         if self.evaluates:

@@ -24,6 +24,7 @@ from treepo_async.weights.checkpoints import (
     TrainingState,
     file_of,
 )
+from treepo_async.weights.store import Apart, at_once
 
 
 class Trained(Protocol):
@@ -44,6 +45,7 @@ def save(
     *,
     layout: str,
     probe_sequences: Sequence[Int32],
+    apart: Apart = at_once,
 ) -> Path:
     """Write a checkpoint of the current weights and optimizer. Gives its folder.
 
@@ -53,6 +55,7 @@ def save(
         version: of the weights.
         layout: of the learner, for the record.
         probe_sequences: [T] each, with which a publication of these weights will be proven.
+        apart: see `CheckpointStore.save`.
     """
     state = TrainingState(
         version=str(version),
@@ -64,7 +67,7 @@ def save(
     kinds = (
         (kind, named_tensors(policy.export(kind), torch.float32)) for kind in (WEIGHTS, *MOMENTS)
     )
-    return store.save(state, kinds)
+    return store.save(state, kinds, apart=apart)
 
 
 def load(learner: Learner, checkpoint: Checkpoint) -> None:

@@ -40,8 +40,8 @@ class Control:
         """
         timeout = timedelta(seconds=timeout_s)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        replicas = self._replicas()
         self._world = dist.new_group(backend="gloo", timeout=timeout)
+        replicas = self._replicas()
         groups = [dist.new_group(ranks, backend="gloo", timeout=timeout) for ranks in replicas]
         self.replica = next(i for i, ranks in enumerate(replicas) if self.rank in ranks)
         self._leaders = [min(ranks) for ranks in replicas]
@@ -113,9 +113,8 @@ class Control:
     def _replicas(self) -> list[list[int]]:
         """Global ranks of each data-parallel replica."""
         mine = torch.tensor([parallel_state.get_data_parallel_rank()])
-        gloo = dist.new_group(backend="gloo")
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(found, mine, group=gloo)
+        dist.all_gather(found, mine, group=self._world)
         of_rank = [int(replica) for replica in found]
         return [
             [rank for rank, replica in enumerate(of_rank) if replica == wanted]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from treepo_async.errors import ConfigError
 from treepo_async.learner.groups import gather_shares, to_first_stage
 from treepo_async.learner.mcore import get_transformer_layer_offset, parallel_state
-from treepo_async.learner.model import ModelShape
+from treepo_async.learner.shape import ModelShape
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"

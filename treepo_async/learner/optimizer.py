@@ -93,6 +93,8 @@ class Optimizer:
         self.scheduler.num_steps = num_updates
         self.scheduler.step(0)
         for group in self.adam.param_groups:
+            # where Transformer Engine's Adam counts; torch's counts at each weight
+            group["step"] = num_updates
             for weight in group["params"]:
                 self._state(weight)["step"].fill_(num_updates)
 

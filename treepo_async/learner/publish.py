@@ -9,7 +9,7 @@ import torch
 
 from treepo_async.types import Float32, Int32, PolicyVersion, Trajectory, Tree
 from treepo_async.weights.manifest import Probe, TensorInfo
-from treepo_async.weights.store import NamedTensor, WeightStore
+from treepo_async.weights.store import Apart, NamedTensor, WeightStore, at_once
 
 PROBE_SEQUENCES = 4
 PROBE_TOKENS = 256
@@ -36,6 +36,7 @@ def publish(
     dtype: torch.dtype,
     config_file: Path,
     evaluate: bool,
+    apart: Apart = at_once,
 ) -> Path:
     """Publish the current weights as `version`.
 
@@ -47,6 +48,7 @@ def publish(
         dtype: of the published tensors.
         config_file: the model's `config.json`.
         evaluate: whether the version shall be evaluated.
+        apart: see `WeightStore.publish`.
 
     Returns:
         The folder of the publication.
@@ -61,6 +63,7 @@ def publish(
         config_file=config_file,
         probe=probe,
         evaluate=evaluate,
+        apart=apart,
     )
 
 

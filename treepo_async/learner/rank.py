@@ -4,13 +4,14 @@ import json
 import os
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from treepo_async.config.layout import Layout
 from treepo_async.config.schema import Config
-from treepo_async.config.wiring import Wiring
+from treepo_async.config.wiring import POLICY_FILE, Wiring
 from treepo_async.errors import DataError
 from treepo_async.learner.checkpoint import load as load_checkpoint
 from treepo_async.learner.control import Control
@@ -22,6 +23,7 @@ from treepo_async.learner.team import Team
 from treepo_async.learner.worker import Start, Worker, WorkerRules
 from treepo_async.metrics.events import emit
 from treepo_async.weights.checkpoints import Checkpoint, CheckpointStore
+from treepo_async.weights.manifest import WEIGHTS_FILE
 from treepo_async.weights.store import WeightStore
 from treepo_async.wire.messages import Hello
 from treepo_async.wire.sockets import BlockingRequester
@@ -91,7 +93,7 @@ def _lead(job: RankJob, team: Team) -> None:
     finally:
         replay.close()
     _check_steps(num_steps, job.config.steps)
-    folder = _save_model(wiring, weights)
+    folder = team.keep_waiting(partial(_save_model, wiring, weights))
     emit("done", num_steps=num_steps, model=str(folder))
 
 
@@ -128,13 +130,19 @@ def _learner(job: RankJob) -> Learner:
 
 def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: WeightStore) -> Worker:
     config, settings = job.config, job.config.learner
+    checkpoints = CheckpointStore(job.wiring.checkpoints_dir, keep=config.checkpoint.keep)
     return Worker(
         team,
         replay,
         weights,
-        CheckpointStore(job.wiring.checkpoints_dir, keep=config.checkpoint.keep),
+        checkpoints,
         config_file=Path(job.wiring.model_dir) / "config.json",
-        start=Start.of(job.checkpoint.state if job.checkpoint else None, weights.versions()),
+        start=Start.of(
+            job.checkpoint.state if job.checkpoint else None,
+            published=weights.versions(),
+            saved=checkpoints.versions(),
+            lineage=job.wiring.lineage,
+        ),
         rules=WorkerRules(
             num_steps=config.steps,
             estimator=settings.estimator,
@@ -142,6 +150,7 @@ def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: Weight
             eval_every=config.eval.every,
             save_every=config.checkpoint.every,
             batch_timeout_s=settings.batch_timeout_s,
+            reply_timeout_s=config.cluster.start_timeout_s,
             gap_alarm=config.metrics.gap_alarm,
             dtype=getattr(torch, config.model.dtype),
             layout=str(job.layout),
@@ -150,16 +159,21 @@ def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: Weight
 
 
 def _save_model(wiring: Wiring, weights: WeightStore) -> Path:
-    """The last publication with the tokenizer beside it: a Hugging Face folder."""
-    folder = Path(wiring.run_dir) / "model"
-    folder.mkdir(exist_ok=True)
+    """The last publication with the tokenizer beside it: a Hugging Face folder, complete by one rename."""
+    folder, building = Path(wiring.run_dir) / "model", Path(wiring.run_dir) / ".model"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
     for pattern in COPIED:
         for file in Path(wiring.model_dir).glob(pattern):
             if not file.name.endswith(".safetensors.index.json"):
-                shutil.copy(file, folder)
-    config = json.loads((folder / "config.json").read_text()) | {"dtype": "float32"}
+                shutil.copy(file, building)
+    config = json.loads((building / "config.json").read_text()) | {"dtype": "float32"}
     config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    published = weights.path(weights.versions()[-1]) / "model.safetensors"
-    shutil.copyfile(published, folder / published.name)
+    (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    version = weights.versions()[-1]
+    published = weights.path(version) / WEIGHTS_FILE
+    shutil.copyfile(published, building / published.name)
+    (building / POLICY_FILE).write_text(f"{version}\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
     return folder

@@ -25,7 +25,7 @@ from treepo_async.learner.groups import add_up, device, seed_ranks, share
 from treepo_async.learner.hf import Read, TensorOf, export, itself, load, open_checkpoint
 from treepo_async.learner.logprobs import predicting_logits, token_logprobs
 from treepo_async.learner.mcore import get_forward_backward_func, parallel_state
-from treepo_async.learner.model import ModelShape, build_model
+from treepo_async.learner.model import build_model
 from treepo_async.learner.objective import SUMS, Edges, LossSettings, Objective
 from treepo_async.learner.optimizer import MOMENTS, Optimizer, OptimizerSettings
 from treepo_async.learner.pack import (
@@ -38,6 +38,7 @@ from treepo_async.learner.pack import (
     pack_groups,
     pack_sequences,
 )
+from treepo_async.learner.shape import ModelShape
 from treepo_async.learner.share import Share
 from treepo_async.types import PolicyVersion, Tree
 

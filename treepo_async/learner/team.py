@@ -5,8 +5,9 @@ for the next order (`control` has the deadline; rank 0 ends it).
 """
 
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,10 @@ from treepo_async.learner.pack import Float32, Float64, Int32
 from treepo_async.learner.share import Share, divide
 from treepo_async.learner.step import WEIGHTS, Learner, StepResult
 from treepo_async.types import PolicyVersion, Tree
+
+Result = TypeVar("Result")
+
+TICK_S = 5.0
 
 
 class Team:
@@ -62,6 +67,18 @@ class Team:
         """`Learner.export`; it must be run to its end before anything else is called."""
         self._control.order(Order.EXPORT, _json(kind))
         yield from self._learner.export(kind)
+
+    def keep_waiting(self, work: Callable[[], Result]) -> Result:
+        """Do what concerns rank 0 alone and may take long; the other ranks hear meanwhile that it lives.
+
+        Args:
+            work: run in a thread of its own; it may not touch the model.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="rank-0 alone") as pool:
+            future = pool.submit(work)
+            while not wait([future], timeout=TICK_S).done:
+                self.wait()
+            return future.result()
 
     def stop(self) -> None:
         """End `follow` on the other ranks."""

@@ -1,7 +1,7 @@
 """The loop of the learner's rank 0: batch -> advantages -> update -> publication -> checkpoint.
 
 Waits: for a batch (actors and replay end the wait; replay says every few seconds what is missing; the deadline is
-`batch_timeout_s`), for replay's answers (`REPLY_TIMEOUT_S`; a replay that is started again is asked again). While it
+`batch_timeout_s`), for replay's answers (`reply_timeout_s`; a replay that is started again is asked again). While it
 waits it tells the other ranks so. Every step makes a new policy version, also when its update was skipped, so that
 versions and steps stay in line.
 
@@ -10,7 +10,7 @@ in the same order; what had been published of them is not published again.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -43,7 +43,6 @@ from treepo_async.wire.messages import (
 from treepo_async.wire.sockets import BlockingRequester
 
 BATCH_WAIT_S = 5.0
-REPLY_TIMEOUT_S = 60.0
 MAX_SKIPPED = 3
 """Updates skipped in a row before the run ends."""
 
@@ -69,6 +68,9 @@ class Team(Protocol):
     def export(self, kind: str = WEIGHTS) -> Iterator[tuple[str, Any]]:
         """Full HF tensors by name."""
 
+    def keep_waiting(self, work: Callable[[], None]) -> None:
+        """Do what may take long and concerns rank 0 alone."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerRules:
@@ -81,6 +83,8 @@ class WorkerRules:
     save_every: int
     """Steps between checkpoints."""
     batch_timeout_s: float
+    reply_timeout_s: float
+    """Longest wait for an answer of replay; one that was killed must be able to start within it."""
     gap_alarm: float
     """Largest log-prob difference to the engine that passes without an alarm, in nats."""
     dtype: torch.dtype
@@ -99,20 +103,27 @@ class Start:
     """[T] each, where the weights come from a checkpoint."""
 
     @classmethod
-    def of(cls, state: TrainingState | None, published: Sequence[PolicyVersion]) -> Self:
+    def of(
+        cls,
+        state: TrainingState | None,
+        *,
+        published: Sequence[PolicyVersion],
+        saved: Sequence[PolicyVersion],
+        lineage: int,
+    ) -> Self:
         """After a checkpoint, or without one.
 
         Args:
             state: of the checkpoint that was loaded; None for the initial model.
             published: all versions that engines may have.
+            saved: versions of all checkpoints, damaged ones too.
+            lineage: least one that may be used.
         """
-        taken = [*published, *([state.policy_version] if state is not None else [])]
-        if not taken:
-            return cls(PolicyVersion(0, 0), newest_published=-1)
+        used = max((version.lineage for version in [*published, *saved]), default=-1)
         step = 0 if state is None else state.policy_version.step
         probe = [] if state is None else [np.array(ids, np.int32) for ids in state.probe_token_ids]
         return cls(
-            PolicyVersion(max(version.lineage for version in taken) + 1, step),
+            PolicyVersion(max(lineage, used + 1), step),
             newest_published=max((version.step for version in published), default=-1),
             probe_sequences=probe,
         )
@@ -161,6 +172,9 @@ class Worker:
             if self._version.step % self._rules.save_every == 0:
                 self._save(sequences)
         self._save(sequences)
+        if self._version.step > 0 and self._version not in self._weights.versions():
+            # the data ended before what had been published in an earlier lineage was reached again
+            self._publish(sequences, evaluate=False)
         return self._version.step
 
     def _step(self, trees: list[Tree], replay_ledger: dict[str, int]) -> None:
@@ -214,6 +228,7 @@ class Worker:
             dtype=self._rules.dtype,
             config_file=self._config_file,
             evaluate=evaluate,
+            apart=self._team.keep_waiting,
         )
 
     def _save(self, sequences: Sequence[Int32]) -> None:
@@ -227,6 +242,7 @@ class Worker:
                 self._version,
                 layout=self._rules.layout,
                 probe_sequences=sequences,
+                apart=self._team.keep_waiting,
             )
             self._saved_step = self._version.step
             self._ask(Retired(step=self._version.step - 1))
@@ -239,7 +255,7 @@ class Worker:
     def _ask(self, message: Message) -> tuple[AnyMessage, list[bytes]]:
         return self._replay.ask(
             message,
-            timeout_s=REPLY_TIMEOUT_S,
+            timeout_s=self._rules.reply_timeout_s,
             wait=f"an answer to {type(message).__name__}",
             on_resend=self._team.wait,
         )

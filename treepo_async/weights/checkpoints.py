@@ -11,13 +11,21 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
 from treepo_async.errors import WeightsError
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.manifest import MANIFEST_FILE, UNREADABLE
-from treepo_async.weights.store import NamedTensor, write_tensors
+from treepo_async.weights.store import (
+    Apart,
+    NamedTensor,
+    at_once,
+    remove_leftovers,
+    versions_in,
+    write_tensors,
+)
 
 HASH_BLOCK = 2**20
 
@@ -98,13 +106,18 @@ class CheckpointStore:
         self._keep = keep
 
     def save(
-        self, state: TrainingState, kinds: Iterable[tuple[str, Iterable[NamedTensor]]]
+        self,
+        state: TrainingState,
+        kinds: Iterable[tuple[str, Iterable[NamedTensor]]],
+        *,
+        apart: Apart = at_once,
     ) -> Path:
         """Write a checkpoint durably and remove those that are too old. Gives its folder.
 
         Args:
             state: beside the tensors.
             kinds: (kind, its tensors) one after another; a kind is held in memory while it is written.
+            apart: how to do what needs no more tensors and may take long.
 
         Raises:
             WeightsError: there is one of this version.
@@ -112,10 +125,14 @@ class CheckpointStore:
         final, temporary = self.folder / state.version, self.folder / f".{state.version}"
         if final.exists():
             raise WeightsError(f"{final} is there already and never rewritten")
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_leftovers(self.folder)
         temporary.mkdir(parents=True)
         for kind, tensors in kinds:
-            write_tensors(temporary / file_of(kind), tensors)
+            apart(partial(write_tensors, temporary / file_of(kind), list(tensors)))
+        apart(partial(self._publish, state, temporary, final))
+        return final
+
+    def _publish(self, state: TrainingState, temporary: Path, final: Path) -> None:
         files = sorted(temporary.iterdir())
         manifest = {"state": asdict(state), "hashes": {f.name: hash_file(f) for f in files}}
         (temporary / MANIFEST_FILE).write_text(json.dumps(manifest))
@@ -124,7 +141,6 @@ class CheckpointStore:
         temporary.rename(final)
         _sync(self.folder)
         self._remove_old()
-        return final
 
     def newest(self, passed_over: Callable[[WeightsError], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None.
@@ -144,10 +160,7 @@ class CheckpointStore:
 
     def versions(self) -> list[PolicyVersion]:
         """Of all checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        names = (entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
-        return sorted(PolicyVersion.parse(name) for name in names)
+        return versions_in(self.folder) if self.folder.is_dir() else []
 
     def _remove_old(self) -> None:
         for version in self.versions()[: -self._keep]:

@@ -3,8 +3,9 @@
 A publication appears by one rename and goes by one, so a folder that is listed is complete.
 """
 
+import re
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from treepo_async.weights.manifest import (
     hash_bytes,
 )
 
+VERSION_NAME = re.compile(r"\d+\.\d+")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -30,6 +32,15 @@ class NamedTensor(NamedTuple):
     name: str
     info: TensorInfo
     data: bytes
+
+
+Apart = Callable[[Callable[[], None]], None]
+"""Does a piece of work, and whatever must go on meanwhile."""
+
+
+def at_once(work: Callable[[], None]) -> None:
+    """Do it, with nothing else meanwhile."""
+    work()
 
 
 class WeightStore:
@@ -54,28 +65,42 @@ class WeightStore:
         config_file: Path,
         probe: Probe,
         evaluate: bool,
+        apart: Apart = at_once,
     ) -> Path:
         """Write a publication and remove those that are too old. Gives its folder.
+
+        Args:
+            version: of the weights.
+            tensors: all of them.
+            config_file: the model's `config.json`.
+            probe: proves that an engine has them.
+            evaluate: whether the version shall be evaluated.
+            apart: how to do what needs no more tensors and may take long.
 
         Raises:
             WeightsError: the version is published already.
         """
         if self.path(version).exists():
             raise WeightsError(f"{self.path(version)} is published already and never rewritten")
+        remove_leftovers(self.folder)
         temporary = self.folder / f".{version}"
-        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         shutil.copy(config_file, temporary / "config.json")
-        held = write_tensors(temporary / WEIGHTS_FILE, tensors)
-        Manifest(
-            version=str(version),
-            tensors={name: t.info for name, t in held.items()},
-            hashes={name: hash_bytes(t.data) for name, t in held.items()},
-            probe=probe,
-            evaluate=evaluate,
-        ).write(temporary)
-        temporary.rename(self.path(version))
-        self._remove_old()
+        held = list(tensors)
+
+        def write() -> None:
+            write_tensors(temporary / WEIGHTS_FILE, held)
+            Manifest(
+                version=str(version),
+                tensors={t.name: t.info for t in held},
+                hashes={t.name: hash_bytes(t.data) for t in held},
+                probe=probe,
+                evaluate=evaluate,
+            ).write(temporary)
+            temporary.rename(self.path(version))
+            self._remove_old()
+
+        apart(write)
         return self.path(version)
 
     def path(self, version: PolicyVersion) -> Path:
@@ -84,8 +109,7 @@ class WeightStore:
 
     def versions(self) -> list[PolicyVersion]:
         """Published versions, oldest first."""
-        names = (entry.name for entry in self.folder.iterdir() if not entry.name.startswith("."))
-        return sorted(PolicyVersion.parse(name) for name in names)
+        return versions_in(self.folder)
 
     def next_after(
         self, applied: PolicyVersion, *, without: Collection[PolicyVersion] = ()
@@ -113,12 +137,23 @@ class WeightStore:
             shutil.rmtree(hidden)
 
 
-def write_tensors(file: Path, tensors: Iterable[NamedTensor]) -> dict[str, NamedTensor]:
-    """Write a safetensors file. Gives the tensors by name."""
-    held = {tensor.name: tensor for tensor in tensors}
-    specs = {name: _spec(tensor) for name, tensor in held.items()}
+def versions_in(folder: Path) -> list[PolicyVersion]:
+    """The versions that folders are named after, ascending; other names are somebody else's."""
+    names = (entry.name for entry in folder.iterdir())
+    return sorted(PolicyVersion.parse(name) for name in names if VERSION_NAME.fullmatch(name))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a writer that was killed left half written or half removed; only for the one writer."""
+    for entry in folder.glob(".*"):
+        if entry.is_dir():
+            shutil.rmtree(entry)
+
+
+def write_tensors(file: Path, tensors: Sequence[NamedTensor]) -> None:
+    """Write a safetensors file."""
+    specs = {tensor.name: _spec(tensor) for tensor in tensors}
     serialize_file(specs, str(file), {"format": "pt"})
-    return held
 
 
 def _spec(tensor: NamedTensor) -> TensorSpec:

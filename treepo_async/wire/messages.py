@@ -138,7 +138,10 @@ class Gate(Message, frozen=True):
     """Whether requests may be submitted to the engine, and under which policy version."""
 
     epoch: int
+    """Counts the announcements of a host."""
     is_open: bool
+    host: str = ""
+    """Another one for each host of an endpoint, whose epochs begin anew."""
     lineage: int = 0
     step: int = 0
     evaluate: bool = False

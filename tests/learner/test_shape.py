@@ -3,7 +3,7 @@
 import pytest
 
 from treepo_async.errors import ConfigError
-from treepo_async.learner.model import ModelShape, check_split
+from treepo_async.learner.shape import ModelShape, check_split
 
 QWEN2 = {
     "architectures": ["Qwen2ForCausalLM"],
