@@ -8,6 +8,7 @@ import time
 import pytest
 
 from treepo_async.replay.position import QueuePosition
+from treepo_async.weights.checkpoints import CheckpointStore
 
 BATCH, MAX_STALENESS = 4, 1
 SMALL = ("actors=2", "eval.every=0", "tree.width=8", f"replay.prompts_per_batch={BATCH}")
@@ -73,11 +74,11 @@ def test_a_killed_driver_takes_everything_with_it_and_the_run_goes_on_from_its_c
     run.wait_until_gone(timeout_s=GONE_S)
     assert run.wait(timeout_s=END_S) == -signal.SIGKILL
     told = records(run)[-1]["step"]
-    steps = told + 4
+    # its learner may have gone on for a while
+    at = CheckpointStore(run.run_dir / "checkpoints", keep=2).versions()[-1].step
+    steps = at + 3
     again = launch(f"steps={steps}", run_dir=run.run_dir)
-    (resumed,) = [again.wait_for_line("resumed at step", timeout_s=START_S)]
-    at = int(resumed.rpartition("resumed at step ")[2].rstrip(")"))
-    assert told - 2 <= at < steps
+    again.wait_for_line(f"resumed at step {at})", timeout_s=START_S)
     check_whole(again, steps, untold=set(range(told + 1, at + 1)))
     after = [record["step"] for record in records(run) if record["learner/lineage"] == 1]
     assert after == list(range(at + 1, steps + 1))
