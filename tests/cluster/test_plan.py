@@ -91,6 +91,6 @@ def test_the_plan_tells_a_person_what_will_run():
         r"  prompt   '1+2*3\n" + "4" * 71 + "...' (9 tokens), e.g. tiny-train-0",
         "  tree     16 leaves, segments of 10 x depth 7, responses up to 70 tokens",
         "  batch    16 trees x 16 leaves = 256 trajectories a step, 60 steps, staleness at most 1",
-        "  learner  Megatron-Core tp1, lr 0.0001, float32",
+        "  learner  Megatron-Core tp1, lr 6e-05, float32",
         "  roles    1 engine, 1 learner, 1 replay, 2 actor",
     ]

@@ -200,7 +200,7 @@ class LearnerConfig:
     """The Megatron-Core learner."""
 
     layout: str = knob("tp1", "ranks: tp, pp and dp sizes, e.g. tp4pp2")
-    lr: float = knob(1e-4, "learning rate after warm-up", above=0)
+    lr: float = knob(6e-5, "learning rate after warm-up", above=0)
     warmup_steps: int = knob(5, "linear warm-up", at_least=0)
     beta1: float = knob(0.9, "AdamW")
     beta2: float = knob(0.98, "AdamW")
@@ -291,7 +291,7 @@ class Config:
 
     actors: int = knob(2, "actor processes", at_least=1)
     engines: int = knob(1, "SGLang servers; actor i uses engine i modulo engines", at_least=1)
-    steps: int = knob(30, "optimizer steps", at_least=1)
+    steps: int = knob(40, "optimizer steps", at_least=1)
     seed: int = knob(
         0,
         "prompt order, tree forks and fallbacks, model initialisation and warm start; "
