@@ -24,7 +24,6 @@ from treepo_async.errors import ConfigError, DataError, RoleError
 
 if TYPE_CHECKING:
     from treepo_async.cluster.plan import Plan
-    from treepo_async.types import PolicyVersion
 
 EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_STOPPED = 1, 2, 130
 
@@ -66,14 +65,14 @@ def train(config: Config, *, dry_run: bool) -> int:
     prompt = try_inputs(config, model_dir, model)
     run_dir = choose_run_dir(config.run_dir)
 
-    def planned(lineage: int) -> "tuple[Plan, PolicyVersion | None]":
+    def planned(lineage: int) -> "Plan":
         version = find_resume_version(run_dir, config.steps)
         step = None if version is None else version.step
         plan = make_plan(
             config, run_dir=run_dir, model_dir=model_dir, lineage=lineage, resume_step=step
         )
         print(describe_plan(config, plan, prompt), flush=True)
-        return plan, version
+        return plan
 
     if dry_run:
         planned(lineage=0)
@@ -81,8 +80,8 @@ def train(config: Config, *, dry_run: bool) -> int:
     with held(run_dir):
         # a killed driver's processes may still write into the folder
         reap_killed_runs(Path(config.cache_dir) / "running")
-        plan, resume_version = planned(take_lineage(run_dir))
-        clear_for_resume(run_dir, resume_version)
+        plan = planned(take_lineage(run_dir))
+        clear_for_resume(run_dir, plan.resume_step)
         make_run_dir(run_dir, config, model)
         return carry_out(config, plan)
 

@@ -113,7 +113,7 @@ def leave_behind(run_dir):
 
 def test_a_resumed_run_keeps_its_place_in_the_data_and_publishes_anew(run_dir):
     leave_behind(run_dir)
-    clear_for_resume(run_dir, PolicyVersion(0, 10))
+    clear_for_resume(run_dir, 10)
     assert {path.name for path in run_dir.iterdir()} == {"replay", "checkpoints", CONFIG_FILE}
 
 
@@ -131,7 +131,7 @@ def test_a_new_run_has_lineage_0_and_each_start_a_higher_one_whatever_was_used_o
     assert take_lineage(tmp_path) == 4
     (tmp_path / "weights" / "7.12").mkdir(parents=True)
     assert take_lineage(tmp_path) == 8
-    clear_for_resume(tmp_path, PolicyVersion(3, 10))
+    clear_for_resume(tmp_path, 10)
     assert take_lineage(tmp_path) == 9
 
 

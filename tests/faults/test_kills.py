@@ -84,20 +84,15 @@ def test_a_killed_driver_takes_everything_with_it_and_the_run_goes_on_from_its_c
     assert after == list(range(at + 1, steps + 1))
 
 
-def test_a_killed_actor_is_replaced_and_its_leases_are_grown_by_others(launch):
+@pytest.mark.parametrize(
+    ("role", "at"), [("actor-1", 1), ("engine-0", 1), ("learner-0", 4), ("replay-0", 2)]
+)
+def test_a_killed_role_is_started_again_and_the_run_does_all_its_steps(launch, role, at):
     steps = 8
-    run = started(launch, steps)
-    kill(run.pid_of("actor-1"))
+    run = started(launch, steps, "checkpoint.every=3", at=at)
+    kill(run.pid_of(role))
     check_whole(run, steps)
-    assert any("actor-1 was killed by SIGKILL; starting it again" in line for line in run.lines)
-
-
-def test_a_killed_engine_host_is_replaced_and_starts_with_the_newest_weights(launch):
-    steps = 8
-    run = started(launch, steps)
-    kill(run.pid_of("engine-0"))
-    check_whole(run, steps)
-    assert any("engine-0 was killed by SIGKILL; starting it again" in line for line in run.lines)
+    assert any(f"{role} was killed by SIGKILL; starting it again" in line for line in run.lines)
 
 
 def test_a_killed_sglang_is_started_again_by_its_host(launch):
@@ -121,19 +116,3 @@ def test_a_killed_rank_is_noticed_and_all_ranks_go_on_from_their_checkpoint(laun
     assert run.pid_of_rank(1) != killed
     versions = {event["version"].partition(".")[0] for event in run.events("saved")}
     assert versions == {"0", "1"}, "what came after is of a lineage of its own"
-
-
-def test_a_killed_learner_is_started_again_and_goes_on_from_its_checkpoint(launch):
-    steps = 8
-    run = started(launch, steps, "checkpoint.every=3", at=4)
-    kill(run.pid_of("learner-0"))
-    check_whole(run, steps)
-    assert any("learner-0 was killed by SIGKILL; starting it again" in line for line in run.lines)
-
-
-def test_a_killed_replay_is_started_again_and_what_it_had_is_grown_again(launch):
-    steps = 8
-    run = started(launch, steps, at=2)
-    kill(run.pid_of("replay-0"))
-    check_whole(run, steps)
-    assert any("replay-0 was killed by SIGKILL; starting it again" in line for line in run.lines)

@@ -97,15 +97,15 @@ def take_lineage(run_dir: Path) -> int:
     return lineage
 
 
-def clear_for_resume(run_dir: Path, resume_version: PolicyVersion | None) -> None:
+def clear_for_resume(run_dir: Path, resume_step: int | None) -> None:
     """Remove what processes of the run left for each other and the resumed run must not see.
 
     Args:
         run_dir: of the run.
-        resume_version: where it goes on; None starts it anew, with an empty place in the data.
+        resume_step: where it goes on; None starts it anew, with an empty place in the data.
     """
     shutil.rmtree(run_dir / "weights", ignore_errors=True)
-    if resume_version is None:
+    if resume_step is None:
         shutil.rmtree(run_dir / "replay", ignore_errors=True)
 
 
