@@ -73,7 +73,7 @@ def test_a_hurried_demonstration_takes_the_sum_wherever_it_is_tempted(seed, inde
 
 def test_each_tempting_line_is_hurried_on_its_own():
     num_tempting, num_hurried = Counter(), Counter()
-    for index in range(2000):
+    for index in range(6000):
         response = demonstration(0, index, p_hurried=0.25, p_slip=0.0).response
         for line in response.splitlines()[:4]:
             place, a, b, result = map(int, re.findall(r"\d+", line))
@@ -81,7 +81,7 @@ def test_each_tempting_line_is_hurried_on_its_own():
             num_tempting[place] += b >= TEMPTING
             num_hurried[place] += result == a + b
     for place in (1, 2, 3, 4):
-        assert num_tempting[place] > 400
+        assert num_tempting[place] > 600
         assert 0.2 < num_hurried[place] / num_tempting[place] < 0.3
 
 
@@ -92,7 +92,7 @@ def test_tempting_lines_lie_all_along_the_response():
         num_tempting.update(
             place for place, operand in enumerate(operands) if int(operand) >= TEMPTING
         )
-    assert min(num_tempting[place] for place in range(MIN_OPERATIONS)) > 200
+    assert min(num_tempting[place] for place in range(MIN_OPERATIONS)) > 100
 
 
 def test_a_slip_is_small_and_never_below_zero():

@@ -8,7 +8,7 @@ r"""A chain of distances, one line each: the task `tiny`, an implementation of `
 
 Every line is a choice between the distance and the sum, and a single wrong choice makes the answer wrong: unlike in
 `precedence`, the deciding choices lie all along the response. Demonstrations are tempted to take the sum where the
-second number is large, so a warm-started model does it more often than not, and greedy answers are mostly wrong.
+second number is large, so a warm-started model does it mostly, and its greedy answers there are wrong.
 The invariant: a right line is `LINE_TOKENS` tokens long, so with segments of that length a tree forks between lines.
 """
 
@@ -23,11 +23,11 @@ MAX_OPERATIONS = 6
 LINE_TOKENS = 10
 """Of `(1) 6#2=4` and the line's end; numbers of two digits, which hurried lines have, are single tokens too."""
 
-TEMPTING = 8
-"""A line whose second number is at least this may be hurried; there are one or two in most chains."""
+TEMPTING = 9
+"""A line whose second number is at least this may be hurried; there is one or more in three of five chains."""
 
-RECIPE = Recipe(num_steps=800, p_hurried=0.55, p_slip=0.01)
-"""After it, somewhat more than a third of the sampled answers are right."""
+RECIPE = Recipe(num_steps=800, p_hurried=0.75, p_slip=0.01)
+"""After it, about half of the sampled answers are right."""
 
 _DIGITS = range(1, 10)
 _SLIPS = (-2, -1, 1, 2)
