@@ -44,6 +44,19 @@ BASE = PolicyVersion(0, 0)
 EOS = 1
 VOCAB_SIZE = 128
 MAX_DRAWN = 64
+MODEL = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "rope_theta": 300.0,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 512,
+}
+"""What a small model's `config.json` says."""
 HELD_S = 60.0
 """A request that hangs is let go after this time, in case a test forgot it."""
 

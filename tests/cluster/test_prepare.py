@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from tests.fakes import MODEL
 from treepo_async.cluster.prepare import (
     choose_run_dir,
     make_run_dir,
@@ -13,19 +14,6 @@ from treepo_async.config.command_line import load, parse
 from treepo_async.config.schema import Config
 from treepo_async.errors import ConfigError, DataError, TreepoError
 from treepo_async.tiny.tokenizer import save_tokenizer
-
-MODEL = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "vocab_size": 384,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "rope_theta": 300.0,
-    "rms_norm_eps": 1e-6,
-    "max_position_embeddings": 512,
-}
 
 
 def model_at(path, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes import MODEL
 from treepo_async.config.schema import Config, knobs
 from treepo_async.tiny.tokenizer import save_tokenizer
 
@@ -29,18 +30,7 @@ def inputs(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     save_tokenizer(folder, 256)
-    config = {
-        "architectures": ["Qwen2ForCausalLM"],
-        "max_position_embeddings": 256,
-        "vocab_size": 32,
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "rope_theta": 300.0,
-        "rms_norm_eps": 1e-6,
-    }
+    config = MODEL | {"max_position_embeddings": 256, "vocab_size": 32}
     (folder / "config.json").write_text(json.dumps(config))
     data = tmp_path / "problems.jsonl"
     lines = [json.dumps({"question": f"{i}+{i}", "answer": str(2 * i)}) for i in range(20)]
