@@ -117,7 +117,8 @@ class LaunchedRun:
         os.killpg(self.process.pid, number)
 
     def __str__(self):
-        return "\n".join([*self.lines[-15:], *self.errors[-30:]])
+        # the first line of an error names its cause, the last ones are a log's end
+        return "\n".join([*self.lines[-15:], *self.errors[:2], "...", *self.errors[-60:]])
 
     def _read(self, pipe, lines):
         for line in pipe:

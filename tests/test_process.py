@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -186,6 +187,14 @@ def test_a_descendant_can_be_left_out_of_the_record(started, tmp_path):
     assert kill_recorded(file) == 0
     assert not is_gone(grandchild)
     stop_child(child, timeout_s=1)
+
+
+def test_free_ports_are_none_that_the_kernel_hands_out():
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        assert low <= any_port.getsockname()[1] <= high
+    assert not [port for port in free_ports(50) if low <= port <= high]
 
 
 def test_free_ports_differ_and_can_be_bound():

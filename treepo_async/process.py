@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -13,6 +14,10 @@ from typing import IO
 
 import psutil
 
+FIRST_PORT = 10_000
+"""Well-known services listen below."""
+
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -122,9 +127,23 @@ def kill_recorded(file: Path) -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different loopback ports that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    """Different loopback ports that were free a moment ago, none of which the kernel hands out by itself.
+
+    A port of the kernel's own range may become the end of any connection, or the listener of a library that asks for
+    just any port, before the process that it was chosen for has bound it.
+
+    Raises:
+        OSError: there are not as many.
+    """
+    low, high = (int(word) for word in _EPHEMERAL_PORTS.read_text().split())
+    candidates = [port for port in range(FIRST_PORT, 2**16) if not low <= port <= high]
+    found: list[int] = []
+    for port in random.SystemRandom().sample(candidates, len(candidates)):
+        if len(found) == count:
+            break
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    if len(found) < count:
+        raise OSError(f"{len(found)} ports from {FIRST_PORT} on are free, {count} are needed")
+    return found
