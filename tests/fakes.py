@@ -6,6 +6,7 @@ Each keeps to the protocol of what it stands for and records what it was asked; 
 import asyncio
 import contextlib
 import json
+import math
 import random
 import tempfile
 from collections import Counter, deque
@@ -19,7 +20,9 @@ import zmq
 from aiohttp import ClientSession, web
 
 from treepo_async.actor.expand import ExpandSettings
-from treepo_async.engine.client import Completion, SamplingSettings
+from treepo_async.actor.score import Scoring
+from treepo_async.engine.answer import Completion, Watch
+from treepo_async.engine.client import SamplingSettings
 from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.server import Server, ServerOptions
@@ -31,9 +34,12 @@ from treepo_async.replay.queue import Queue
 from treepo_async.replay.rules import QueueRules
 from treepo_async.replay.server import ReplayServer
 from treepo_async.replay.spool import MemorySpool
+from treepo_async.scoring.async_scorer import Inline
 from treepo_async.scoring.boxed import boxed_end
+from treepo_async.scoring.registry import Scorer
+from treepo_async.scoring.reward import RewardRules
 from treepo_async.tree.cut import Run, VersionSpan
-from treepo_async.tree.growth import GrowthRules
+from treepo_async.tree.rules import GrowthRules
 from treepo_async.tree.stopping import StopRules
 from treepo_async.types import PolicyVersion, Prompt
 from treepo_async.weights.manifest import Probe, TensorInfo
@@ -90,7 +96,7 @@ def ascii_settings(**rules: Any) -> ExpandSettings:
         "branching_factor": 2,
         "first_fork_min": 2,
         "first_fork_max": 2,
-        "fallback": True,
+        "fallback": "random",
     }
     return ExpandSettings(
         growth=GrowthRules(**{**defaults, **rules}),
@@ -103,6 +109,11 @@ def ascii_settings(**rules: Any) -> ExpandSettings:
         ),
         sampling=SamplingSettings(temperature=0.8, stop_token_ids=(EOS,)),
     )
+
+
+def scoring_by(scorer: Scorer) -> Scoring:
+    """Scores of a function, as rewards 1 and -1, without an overlong penalty."""
+    return Scoring(Inline(scorer), text_of, RewardRules(1.0, -1.0, max_response_tokens=20))
 
 
 def loopback() -> str:
@@ -123,6 +134,7 @@ class Request:
     sampling: SamplingSettings
     least_step: int
     is_cached: bool
+    is_watched: bool = False
 
 
 @dataclass
@@ -147,7 +159,15 @@ class ScriptedEngine:
     requests: list[Request] = field(default_factory=list)
     runs: list[list[int]] = field(default_factory=list)
     """All tokens returned, in the order of return."""
+    warmed: list[list[int]] = field(default_factory=list)
+    """Prefixes put into the cache."""
     _num_runs: Counter[tuple[int, ...]] = field(default_factory=Counter)
+
+    async def warm(
+        self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
+    ) -> None:
+        """See `EngineClient.warm`."""
+        self.warmed.append(list(prefix))
 
     async def extend(
         self,
@@ -158,11 +178,12 @@ class ScriptedEngine:
         sampling: SamplingSettings,
         least_step: int = 0,
         is_cached: bool = True,
+        watch: Watch | None = None,
     ) -> list[Completion]:
-        """See `EngineClient.extend`."""
-        prefix, call = list(prefix), len(self.requests)
+        """See `EngineClient.extend`; a watch looks after every `every_tokens`."""
+        prefix, call, is_watched = list(prefix), len(self.requests), watch is not None
         self.requests.append(
-            Request(prefix, num_runs, max_new_tokens, sampling, least_step, is_cached)
+            Request(prefix, num_runs, max_new_tokens, sampling, least_step, is_cached, is_watched)
         )
         await asyncio.sleep(0)
         if prefix[0] in self.held:
@@ -170,7 +191,7 @@ class ScriptedEngine:
         if call in self.failures:
             raise self.failures[call]
         return [
-            self._complete(prefix, max_new_tokens, sampling, is_cached, least_step)
+            self._complete(prefix, max_new_tokens, sampling, is_cached, least_step, watch)
             for _ in range(num_runs)
         ]
 
@@ -185,11 +206,15 @@ class ScriptedEngine:
         sampling: SamplingSettings,
         is_cached: bool,
         least_step: int,
+        watch: Watch | None,
     ) -> Completion:
         number, is_greedy = self._num_runs[tuple(prefix)], sampling.temperature == 0
         self._num_runs[tuple(prefix)] += 1
         wanted = (self.script or self._draw)(prefix, number, is_greedy)
         tokens = list(wanted)[:max_new_tokens]
+        if watch is not None:
+            looks = range(watch.every_tokens, len(tokens), watch.every_tokens)
+            tokens = tokens[: next((n for n in looks if watch.is_over(tokens[:n])), len(tokens))]
         self.runs.append(tokens)
         logprobs = [logprob_of(token, len(prefix) + i) for i, token in enumerate(tokens)]
         return Completion(
@@ -201,6 +226,7 @@ class ScriptedEngine:
             prefix_tokens=len(prefix),
             cached_tokens=len(prefix) - 1 if is_cached else 0,
             overhead_s=0.001,
+            entropy=1.0 if sampling.num_top_logprobs else None,
         )
 
     def _draw(self, prefix: list[int], number: int, is_greedy: bool) -> list[int]:
@@ -240,6 +266,12 @@ class FakeSGLang:
     """How long the scores of a probe take."""
     version: str = "0.0"
     level: float = 0.0
+    vocab_size: int = VOCAB_SIZE
+    dies_of: int | None = None
+    """A prompt with this token ends the server, and all that runs in it."""
+    on_death: Callable[[], None] = lambda: None
+    info: dict[str, Any] = field(default_factory=dict)
+    """What it says of itself beside the defaults, at `/model_info` and `/server_info`."""
     calls: list[tuple[str, Any]] = field(default_factory=list)
     """(path, body) in order of arrival."""
     running: dict[str, asyncio.Event] = field(default_factory=dict)
@@ -260,6 +292,8 @@ class FakeSGLang:
         app.router.add_post("/weights_checker", self._checksum)
         app.router.add_get("/v1/loads", self._loads)
         app.router.add_get("/ready", self._ready)
+        app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         port = free_ports(1)[0]
@@ -284,6 +318,16 @@ class FakeSGLang:
         if isinstance(body["input_ids"][0], list):
             await asyncio.sleep(self.probe_s)
             return web.json_response([self._scored(ids) for ids in body["input_ids"]])
+        if self.dies_of in body["input_ids"]:
+            self._die(request)
+            return web.Response()
+        if outside := [t for t in body.get("token_ids_logprob", ()) if t >= self.vocab_size]:
+            text = (
+                f"out-of-vocabulary token id {outside[0]}; valid range is [0, {self.vocab_size})."
+            )
+            return web.json_response({"error": {"message": text}}, status=400)
+        if body.get("stream"):
+            return await self._stream(request, body)
         fault = self.generate_faults.popleft() if self.generate_faults else ""
         version = self.version
         abort = self.running[body["rid"]] = asyncio.Event()
@@ -329,7 +373,36 @@ class FakeSGLang:
             "output_token_logprobs": [[p, t, None] for p, t in zip(logprobs, tokens, strict=True)],
             "e2e_latency": 0.001,
         }
+        if "top_logprobs_num" in body:
+            row = [[math.log(0.5), 2, None], [math.log(0.25), 3, None]]
+            meta["output_top_logprobs"] = [row] * number
         return web.json_response({"output_ids": tokens, "meta_info": meta})
+
+    async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        """All tokens so far at every interval; an abort ends it two tokens later."""
+        answer = self._completion(request, body, "", self.version)
+        assert isinstance(answer, web.Response)
+        whole = json.loads(answer.body)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        abort = self.running[body["rid"]] = asyncio.Event()
+        number, every = len(whole["output_ids"]), body["sampling_params"]["stream_interval"]
+        fault = self.generate_faults.popleft() if self.generate_faults else ""
+        for sent in [1, *range(every, number, every)]:
+            await response.write(_event(_head(whole, sent, None)))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.latency_s):
+                    await abort.wait()
+            if abort.is_set():
+                number = min(number, sent + 2)
+                break
+        del self.running[body["rid"]]
+        reason = {"type": "abort", "message": "Aborted"} if abort.is_set() else {"type": "length"}
+        if fault == "abort":
+            reason = {"type": "abort", "message": "somebody else's"}
+        if fault != "drop":
+            await response.write(_event(_head(whole, number, reason)) + b"data: [DONE]\n\n")
+        return response
 
     def _scored(self, ids: list[int]) -> dict[str, Any]:
         rows = [[None, ids[0], None], *([fake_logprob(t, self.level), t, None] for t in ids[1:])]
@@ -388,6 +461,34 @@ class FakeSGLang:
     async def _ready(self, _: web.Request) -> web.Response:
         return web.Response()
 
+    async def _model_info(self, _: web.Request) -> web.Response:
+        said = {"model_path": "a/model", "weight_version": self.version, "is_generation": True}
+        return web.json_response(said | self.info)
+
+    async def _server_info(self, _: web.Request) -> web.Response:
+        return web.json_response({"version": "0.5.23", "context_length": 64} | self.info)
+
+    def _die(self, request: web.Request) -> None:
+        self.on_death()
+        for abort in self.running.values():
+            abort.set()
+        assert request.transport is not None
+        request.transport.abort()
+
+
+def _event(answer: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(answer).encode() + b"\n\n"
+
+
+def _head(answer: dict[str, Any], number: int, reason: dict[str, Any] | None) -> dict[str, Any]:
+    """The answer after that many tokens; only the last one says how long it took."""
+    meta = dict(answer["meta_info"], finish_reason=reason)
+    meta["output_token_logprobs"] = meta["output_token_logprobs"][:number]
+    meta["weight_versions"] = fake_spans(meta["weight_version"], meta["weight_version"], number)
+    if reason is None:
+        del meta["e2e_latency"]
+    return {"output_ids": answer["output_ids"][:number], "meta_info": meta}
+
 
 class FakeServer(Server):
     """A `Server` whose process is a `FakeSGLang`; its control calls are the real ones, over HTTP."""
@@ -399,6 +500,7 @@ class FakeServer(Server):
             session,
         )
         self.fake, self.is_running = fake, False
+        fake.on_death = self.die
         self.starts: list[tuple[Path, str]] = []
 
     async def start(self, model_dir: Path, weight_version: str, *, timeout_s: float) -> float:
@@ -413,6 +515,10 @@ class FakeServer(Server):
     def is_alive(self) -> bool:
         """Whether nobody has set `is_running` to False."""
         return self.is_running
+
+    def die(self) -> None:
+        """Be gone without having been told to."""
+        self.is_running = False
 
     async def stop(self) -> None:
         """End it, and the requests in it."""

@@ -5,8 +5,10 @@ trajectory with Hugging Face transformers and the textbook form of each formula;
 package beyond its nouns (`treepo_async.types`).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -201,7 +203,7 @@ def trajectory_loss(
     Args:
         model: a transformers causal language model.
         trees: the batch.
-        advantages: per tree [L]; a NaN leaves its trajectory out.
+        advantages: per tree [L], or [L, D] with one a grid level; a NaN leaves its trajectory out.
         clip_low: lower clip distance.
         clip_high: upper clip distance.
         cap: largest importance weight min(exp(proximal - behavior), cap); None for no correction.
@@ -211,8 +213,8 @@ def trajectory_loss(
 
     total, num_tokens = 0.0, 0
     for t, (tree, advantages_L) in enumerate(zip(trees, advantages, strict=True)):
-        for leaf, advantage in zip(tree.leaves, advantages_L, strict=True):
-            if np.isnan(advantage):
+        for leaf, row in zip(tree.leaves, advantages_L, strict=True):
+            if np.isnan(row if np.ndim(row) == 0 else row[0]):
                 continue
             path = tree.path(leaf)
             response = np.concatenate([tree.segments[i].token_ids for i in path])
@@ -227,9 +229,207 @@ def trajectory_loss(
             weight = 1.0
             if cap is not None:
                 weight = (proximal - torch.as_tensor(behavior)).exp().clamp(max=cap)
+            advantage = row
+            if np.ndim(row) == 1:
+                level = np.arange(len(response)) // tree.sampling.segment_tokens
+                advantage = torch.as_tensor(row[level])
             ratio = (logprobs - proximal).exp()
             bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
             surrogate = torch.minimum(ratio * advantage, bounded * advantage)
             total = total - (weight * surrogate).sum()
             num_tokens += len(response)
     return total / num_tokens
+
+
+def with_pruning(tree: Tree, rng: np.random.Generator, *, pruned_share: float = 0.2) -> Tree:
+    """The same tree as if a pruning rule had judged some paths: chances to go on below 1, and some leaves pruned."""
+    chances = rng.choice([1.0, 0.8, 0.5, 0.3], len(tree.segments))
+    segments = [
+        replace(segment, inclusion=float(chance)) if segment.stop is None else segment
+        for segment, chance in zip(tree.segments, chances, strict=True)
+    ]
+    rewards_L, accuracies_L = tree.rewards_L.copy(), tree.accuracies_L.copy()
+    for leaf in np.flatnonzero(rng.random(len(tree.leaves)) < pruned_share):
+        i = tree.leaves[leaf]
+        segments[i] = replace(segments[i], stop=StopReason.PRUNED)
+        rewards_L[leaf] = accuracies_L[leaf] = np.nan
+    return replace(tree, segments=tuple(segments), rewards_L=rewards_L, accuracies_L=accuracies_L)
+
+
+def token_sums(
+    tree: Tree, advantages: np.ndarray
+) -> dict[tuple[int, int], tuple[float, float, int]]:
+    """(P, N, W) of every trained token, token by token of every trajectory, by (segment, place in it).
+
+    Args:
+        tree: any.
+        advantages: [L] or [L, D]; NaN leaves a trajectory out.
+    """
+    sums: dict[tuple[int, int], tuple[float, float, int]] = {}
+    for leaf, row in zip(tree.leaves, advantages, strict=True):
+        path = [(i, t) for i in tree.path(leaf) for t in range(len(tree.segments[i]))]
+        for place, token in enumerate(path):
+            a = float(row if np.ndim(row) == 0 else row[place // tree.sampling.segment_tokens])
+            if not np.isnan(a):
+                p, n, w = sums.get(token, (0.0, 0.0, 0))
+                sums[token] = (p + max(a, 0.0), n + max(-a, 0.0), w + 1)
+    return sums
+
+
+class SlowEstimators:
+    """Every estimator from the tokens of the trajectories: leaves share a level if their tokens up to its end are the same.
+
+    Each method gives the advantage of one scored leaf, or the list of those of its levels, before weights multiply it.
+    """
+
+    def __init__(
+        self, tree: Tree, *, leave_one_out: bool = False, path_weights: str = "equal"
+    ) -> None:
+        self.tree, self.leave_one_out = tree, leave_one_out
+        self.grid = tree.sampling.segment_tokens
+        self.tokens = [
+            [(i, t) for i in tree.path(leaf) for t in range(len(tree.segments[i]))]
+            for leaf in tree.leaves
+        ]
+        self.rewards = [float(reward) for reward in tree.rewards_L]
+        self.scored = [i for i, reward in enumerate(self.rewards) if not math.isnan(reward)]
+        self.weights = [self.weight(leaf, path_weights) for leaf in range(len(self.tokens))]
+
+    def advantages(self, estimator: str) -> np.ndarray:
+        """[L] or [L, D], NaN for unscored leaves and behind a leaf's end."""
+        num_levels = max(self.depth(leaf) for leaf in range(len(self.tokens)))
+        per_level = estimator in ("treerl", "treerpo", "spo")
+        result = np.full((len(self.tokens), num_levels if per_level else 1), np.nan)
+        for leaf in self.scored:
+            values = np.atleast_1d(self.of_leaf(estimator, leaf))
+            mean_weight = sum(self.weights[i] for i in self.scored) / len(self.scored)
+            result[leaf, : len(values)] = values * self.weights[leaf] / mean_weight
+        return result if per_level else result[:, 0]
+
+    def of_leaf(self, estimator: str, leaf: int) -> Any:
+        if estimator.startswith("treepo"):
+            return self.treepo(leaf, estimator.removeprefix("treepo"))
+        return getattr(self, estimator)(leaf)
+
+    def depth(self, leaf: int) -> int:
+        return -(-len(self.tokens[leaf]) // self.grid)
+
+    def node(self, leaf: int, level: int) -> tuple[Any, ...]:
+        """The tokens of the first `level` levels, which are the node's name."""
+        return tuple(self.tokens[leaf][: level * self.grid])
+
+    def group(self, node: tuple[Any, ...]) -> list[int]:
+        """Scored leaves whose tokens begin so."""
+        return [i for i in self.scored if tuple(self.tokens[i][: len(node)]) == node]
+
+    def inclusion(self, leaf: int, level: int) -> float:
+        """Chance to go on behind the segments of one level."""
+        on_level = {i for i, _ in self.tokens[leaf][level * self.grid : (level + 1) * self.grid]}
+        return math.prod(self.tree.segments[i].inclusion for i in on_level)
+
+    def weight(self, leaf: int, path_weights: str) -> float:
+        weight = 1.0
+        for level in range(self.depth(leaf)):
+            weight /= self.inclusion(leaf, level)
+            if path_weights == "unbiased":
+                here = self.node(leaf, level)
+                weight /= len(
+                    {
+                        self.node(i, level + 1)
+                        for i in range(len(self.tokens))
+                        if self.node(i, level) == here
+                    }
+                )
+        return weight
+
+    def mean(self, leaves: Sequence[int], values: Any = None) -> float:
+        values = self.rewards if values is None else values
+        total = sum(self.weights[i] for i in leaves)
+        return sum(self.weights[i] * values[i] for i in leaves) / total
+
+    def baseline(self, leaf: int, group: Sequence[int]) -> float:
+        return self.mean([i for i in group if i != leaf] if self.leave_one_out else group)
+
+    def score(self, leaf: int, group: Sequence[int]) -> float:
+        if len(group) == 1:
+            return self.rewards[leaf] / (1 + 1e-6)
+        mean, n = self.mean(group), len(group)
+        total = sum(self.weights[i] for i in group)
+        squares = sum(self.weights[i] * (self.rewards[i] - mean) ** 2 for i in group)
+        std = math.sqrt(squares / total * n / (n - 1))
+        return (self.rewards[leaf] - self.baseline(leaf, group)) / (std + 1e-6)
+
+    def treepo(self, leaf: int, variant: str) -> float:
+        if self.scored == [leaf]:
+            return self.rewards[leaf]
+        terms: list[tuple[float, float]] = []
+        seen: list[list[int]] = []
+        for level in range(self.depth(leaf)):
+            group = self.group(self.node(leaf, level))
+            equal = len({self.rewards[i] for i in group}) == 1
+            rejected = "subgroup_reject" in variant and level > 0 and equal
+            known = "dedup_levels" in variant and group in seen
+            if len(group) == 1 or rejected or known:
+                continue
+            seen.append(group)
+            size = sum(self.weights[i] for i in group) if "size_weighted" in variant else 1.0
+            terms.append((size, self.rewards[leaf] - self.baseline(leaf, group)))
+        if "no_root" in variant and len(terms) > 1:
+            terms = terms[1:]
+        return sum(size * term for size, term in terms) / sum(size for size, _ in terms)
+
+    def grpo(self, leaf: int) -> float:
+        return self.score(leaf, self.scored)
+
+    def rloo(self, leaf: int) -> float:
+        others = [i for i in self.scored if i != leaf]
+        return self.rewards[leaf] - self.mean(others) if others else 0.0
+
+    def tree_grpo(self, leaf: int) -> float:
+        if self.scored == [leaf]:
+            return 0.0
+        return self.score(leaf, self.scored) + self.score(leaf, self.group(self.node(leaf, 1)))
+
+    def treerl(self, leaf: int) -> list[float]:
+        centred = {i: self.rloo(i) for i in self.scored}
+        nodes = [self.node(leaf, level) for level in range(self.depth(leaf) + 1)]
+        value = [self.mean(self.group(node), centred) for node in nodes]
+        mean_weight = sum(self.weights[i] for i in self.scored) / len(self.scored)
+        below = [sum(self.weights[i] for i in self.group(node)) / mean_weight for node in nodes]
+        return [
+            (value[k] - value[0] + value[k] - value[k - 1]) / math.sqrt(below[k])
+            for k in range(1, len(nodes))
+        ]
+
+    def treerpo(self, leaf: int) -> list[float]:
+        result = []
+        for level in range(self.depth(leaf)):
+            siblings = self.children(self.node(leaf, level), level)
+            mean = sum(w * v for _, w, v in siblings) / sum(w for _, w, _ in siblings)
+            squares = sum(w * (v - mean) ** 2 for _, w, v in siblings)
+            std = math.sqrt(squares / sum(w for _, w, _ in siblings))
+            (own,) = (v for node, _, v in siblings if node == self.node(leaf, level + 1))
+            rounding = 1e-12 * max(abs(self.rewards[i]) for i in self.scored)
+            result.append((own - mean) / std if std > rounding else 0.0)
+        return result
+
+    def spo(self, leaf: int) -> list[float]:
+        value = [self.value(self.node(leaf, k), k) for k in range(self.depth(leaf) + 1)]
+        return [after - before for before, after in pairwise(value)]
+
+    def children(self, node: tuple[Any, ...], level: int) -> list[tuple[Any, float, float]]:
+        """(node, weight among its siblings, value) of each child with scored leaves."""
+        first = {self.node(i, level + 1): i for i in self.group(node)}
+        return [
+            (child, 1 / self.inclusion(i, level), self.value(child, level + 1))
+            for child, i in first.items()
+        ]
+
+    def value(self, node: tuple[Any, ...], level: int) -> float:
+        """The reward of a leaf, else the weighted mean of the children."""
+        ended = [i for i in self.group(node) if self.depth(i) == level]
+        if ended:
+            (leaf,) = ended
+            return self.rewards[leaf]
+        children = self.children(node, level)
+        return sum(w * v for _, w, v in children) / sum(w for _, w, _ in children)

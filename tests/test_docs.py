@@ -4,9 +4,12 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests.tree import vectors
 from treepo_async.config.command_line import parse
+from treepo_async.config.schema import ESTIMATORS
 from treepo_async.metrics.record import EVAL_NAMES, Recorder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +59,18 @@ def test_every_metric_is_documented_and_every_documented_metric_exists():
         n for n in documented if not n.startswith(families)
     }
     assert {n for n in written if n.startswith("time/")} <= documented
+
+
+def test_every_estimator_is_documented_with_the_values_of_the_example():
+    text = (ROOT / "docs" / "estimators.md").read_text()
+    assert set(re.findall(r"\*\*`(\w+)`\*\*", text)) == set(ESTIMATORS)
+    expected = vectors.TREES["C7_chain_then_branch_after_fallback"]["expected"]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \| (.*) \|$", text, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(ESTIMATORS)
+    for name, *cells in rows:
+        for cell, values in zip(cells, expected[name], strict=False):
+            found = [float(value) for value in cell.split(", ")]
+            assert found == pytest.approx(np.atleast_1d(values).tolist(), abs=6e-4), name
 
 
 def test_the_layout_of_the_readme_names_every_package():

@@ -7,7 +7,7 @@ TreepoError
 ├── WireError          bytes or a message that breaks the protocol
 │   └── RefusedError        the peer understood and said no; carries its reason
 ├── EngineError        the inference engine answered wrongly or not at all
-├── WeightsError       a publication that must not reach an engine
+├── WeightsError       a publication that must not reach an engine, or an engine with the wrong weights
 ├── DeadlineError      a wait that outlived its deadline; names the wait and its owner
 └── RoleError          a process of the run died for good; carries its last lines
 
@@ -54,7 +54,7 @@ class EngineError(TreepoError, RuntimeError):
 
 
 class WeightsError(TreepoError, RuntimeError):
-    """A publication that must not reach an engine."""
+    """A publication that must not reach an engine, or an engine with the wrong weights."""
 
 
 class DeadlineError(TreepoError, TimeoutError):

@@ -33,6 +33,7 @@ def start_child(
     env: Mapping[str, str],
     stdout: IO[bytes] | int,
     stderr: IO[bytes] | int,
+    pass_fds: Sequence[int] = (),
 ) -> subprocess.Popen[bytes]:
     """Start a child that dies with the calling thread: call it from a thread that lives on.
 
@@ -41,6 +42,7 @@ def start_child(
         env: added to this process's environment.
         stdout: a file, or a constant of `subprocess`.
         stderr: likewise.
+        pass_fds: open files that the child keeps, under the same numbers.
     """
     return subprocess.Popen(
         list(command),
@@ -48,6 +50,7 @@ def start_child(
         stdin=subprocess.DEVNULL,
         stdout=stdout,
         stderr=stderr,
+        pass_fds=pass_fds,
         preexec_fn=die_with_parent,
     )
 

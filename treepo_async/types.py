@@ -48,6 +48,10 @@ class PolicyVersion(NamedTuple):
         return cls(int(lineage), int(step))
 
 
+NO_LINEAGE = 2**31 - 1
+"""Lineage of the weights of no run: that of trees that come from a file."""
+
+
 class StopReason(StrEnum):
     """Why a path ended. A segment that was continued has no stop reason."""
 
@@ -62,7 +66,7 @@ class StopReason(StrEnum):
     REPETITION = "repetition"
     """The text repeats itself."""
     PRUNED = "pruned"
-    """Ended early by a pruning rule."""
+    """Ended early by a pruning rule; it is never scored."""
     ABORT = "abort"
     """Ended by the engine or by a shutdown; never trained."""
 
@@ -95,6 +99,8 @@ class Segment:
     """Why the path ended here; None where it was continued."""
     mixed_context: bool = False
     """Whether part of its KV cache was computed under older weights."""
+    inclusion: float = 1.0
+    """Probability with which pruning let the path go on behind this segment, in (0, 1]."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -109,6 +115,8 @@ class Sampling:
     max_depth: int
     width: int
     branching_factor: int
+    growth: str = "barrier"
+    """How it grew: barrier, eager or independent, see `tree.growth`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +135,10 @@ class Provenance:
     """Prompt and prefix tokens submitted."""
     num_requests: int = 0
     num_fallbacks: int = 0
+    num_pruned: int = 0
+    """Paths ended by a pruning rule or because they repeated themselves."""
+    saved_tokens: int = 0
+    """Tokens that these would have decoded to the mean length of the others, estimated."""
     grow_s: float = 0.0
     overhead_s: float = 0.0
     """Time of all requests outside of the server, summed."""
@@ -175,8 +187,14 @@ class Tree:
 
     @cached_property
     def num_delivered_tokens(self) -> int:
-        """Sampled tokens counted once per trajectory they belong to."""
-        return int(self.num_tokens_L.sum())
+        """Sampled tokens counted once per trajectory they belong to; a pruned path is none."""
+        return int(self.num_tokens_L[self.is_whole_L].sum())
+
+    @cached_property
+    def is_whole_L(self) -> NDArray[np.bool_]:
+        """Whether each leaf ends a trajectory, and not a pruned path, [L]."""
+        stops = (self.segments[leaf].stop for leaf in self.leaves)
+        return np.array([stop is not StopReason.PRUNED for stop in stops], dtype=np.bool_)
 
     def check(self) -> None:
         """Raise TreeError, naming the field, unless every invariant of the class holds."""
@@ -238,6 +256,10 @@ def _check_segments(segments: tuple[Segment, ...], sampling: Sampling) -> None:
         if segment.stop is StopReason.ABORT:
             raise TreeError(f"segments[{i}].stop is abort: an aborted run belongs to no tree")
         _check_tokens(i, segment)
+        if not 0 < segment.inclusion <= 1:
+            raise TreeError(
+                f"segments[{i}].inclusion is {segment.inclusion}, it must be above 0 and at most 1"
+            )
         start = 0 if segment.parent == ROOT else ends[segment.parent]
         ends.append(start + len(segment))
         _check_level(i, segment, start, sampling)

@@ -1,5 +1,6 @@
 import asyncio
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tests.fakes import (
 )
 from treepo_async.actor.expand import expand
 from treepo_async.errors import DeadlineError, EngineError
+from treepo_async.tree.rules import PruneRules
 from treepo_async.types import PolicyVersion, Sampling, StopReason, Tree, leaves_of
 
 PROMPT = numbered_prompt(0)
@@ -140,7 +142,7 @@ async def test_costs_are_counted_request_by_request():
     ],
 )
 async def test_each_stop_ends_a_path_at_its_token_and_the_rest_is_waste(text, kept, stop):
-    settings = ascii_settings(width=1, first_fork_min=1, first_fork_max=1, fallback=False)
+    settings = ascii_settings(width=1, first_fork_min=1, first_fork_max=1, fallback="none")
     segments, provenance = await grow(scripted(text), settings)
     tree = tree_of(segments, provenance, settings)
     (leaf,) = tree.leaves
@@ -200,3 +202,110 @@ async def test_the_same_answers_and_seed_give_the_same_tree():
 
     assert shape(first) == shape(second)
     assert shape(first) != shape(other)
+
+
+async def test_a_long_request_is_ended_at_its_stop_and_what_came_behind_is_waste():
+    text = r"abc\boxed{7}" + "xyz" * 20
+    rules = {"width": 1, "first_fork_min": 1, "first_fork_max": 1, "max_depth": 20}
+    whole = ascii_settings(**rules, fallback="none")
+    watched = replace(whole, stream_tokens=8)
+    (one,), whole_cost = await grow_leaf(scripted(text), whole)
+    (other,), watched_cost = await grow_leaf(scripted(text), watched)
+    assert one == other == r"abc\boxed{7}"
+    assert whole_cost.decoded_tokens == 72
+    # looked at every segment of four, and the box ends on the twelfth token
+    assert watched_cost.decoded_tokens == 12
+    assert watched_cost.wasted_tokens == 0
+
+
+async def grow_leaf(engine, settings):
+    segments, cost = await grow(engine, settings)
+    tree = tree_of(segments, cost, settings)
+    return ["".join(map(chr, response(tree, leaf))) for leaf in tree.leaves], cost
+
+
+@given(
+    text=st.text(alphabet="ab\\boxed{}12xy", min_size=60, max_size=80), stream=st.integers(1, 30)
+)
+def test_watching_a_request_never_changes_its_tree(text, stream):
+    rules = {"width": 2, "max_depth": 12, "first_fork_min": 2, "first_fork_max": 2}
+    whole = ascii_settings(**rules, fallback="none")
+    watched = replace(whole, stream_tokens=stream)
+    first, first_cost = asyncio.run(grow(scripted(text), whole))
+    second, second_cost = asyncio.run(grow(scripted(text), watched))
+    assert [(s.parent, s.token_ids.tolist(), s.stop) for s in first] == [
+        (s.parent, s.token_ids.tolist(), s.stop) for s in second
+    ]
+    assert second_cost.decoded_tokens <= first_cost.decoded_tokens
+
+
+async def test_only_requests_beyond_the_limit_are_watched():
+    engine = ScriptedEngine(eos_rate=0.0)
+    await grow(engine, replace(SETTINGS, stream_tokens=4))
+    watched = {r.max_new_tokens for r in engine.requests if r.is_watched}
+    others = {r.max_new_tokens for r in engine.requests if not r.is_watched}
+    assert others == {4}
+    assert watched
+    assert min(watched) > 4
+
+
+@pytest.mark.parametrize("growth", ["eager", "independent"])
+async def test_other_kinds_of_growth_keep_to_the_width_and_warm_the_prompt(growth):
+    settings = ascii_settings(growth=growth)
+    engine = ScriptedEngine(seed=4, eos_rate=0.05)
+    segments, provenance = await grow(engine, settings)
+    tree = tree_of(segments, provenance, settings)
+    tree.check()
+    assert len(tree.leaves) == SETTINGS.growth.width
+    # with several requests for the prompt the first of them would not find it in the cache
+    assert engine.warmed == ([PROMPT_TOKENS] if growth == "eager" else [])
+    roots = [r for r in engine.requests if r.prefix == PROMPT_TOKENS]
+    assert [r.num_runs for r in roots][:1] == [1 if growth == "eager" else 6]
+
+
+async def test_an_eager_child_is_asked_for_while_its_siblings_still_run():
+    held = asyncio.Event()
+
+    class OneSlow(ScriptedEngine):
+        async def extend(self, prefix, **options):
+            if len(self.requests) == 1:
+                self.requests.append(None)
+                await held.wait()
+            return await super().extend(prefix, **options)
+
+    engine = OneSlow(eos_rate=0.0)
+    growing = asyncio.create_task(grow(engine, ascii_settings(growth="eager")))
+    await until(lambda: len(engine.requests) > 6)
+    assert not growing.done()
+    held.set()
+    async with asyncio.timeout(5):
+        await growing
+
+
+async def test_a_pruned_path_costs_what_it_decoded_and_says_what_it_saved():
+    prune = PruneRules(min_logprob=-0.06, first_level=1)
+    settings = replace(ascii_settings(), prune=prune)
+    segments, provenance = await grow(ScriptedEngine(seed=1, eos_rate=0.0), settings)
+    tree = tree_of(segments, provenance, settings)
+    pruned = [leaf for leaf in tree.leaves if segments[leaf].stop is StopReason.PRUNED]
+    assert pruned
+    assert provenance.num_pruned == len(pruned)
+    limit = settings.growth.limit
+    ends = tree.num_tokens_L[[tree.leaves.index(leaf) for leaf in pruned]]
+    assert provenance.saved_tokens == sum(limit - ends)
+    assert tree.num_delivered_tokens == limit * settings.growth.width
+
+
+async def test_entropy_is_asked_for_only_where_forks_are_split_by_it():
+    settings = ascii_settings(split="entropy")
+    settings = replace(settings, sampling=replace(settings.sampling, num_top_logprobs=5))
+    segments, provenance = await grow(ScriptedEngine(eos_rate=0.0), settings)
+    assert len(tree_of(segments, provenance, settings).leaves) == 6
+
+
+@pytest.mark.parametrize(("step", "temperature"), [(0, 5.0), (5, 3.0), (10, 1.0)])
+def test_the_temperature_of_a_split_follows_the_policy_step(step, temperature):
+    settings = replace(
+        ascii_settings(split_temperature=5.0), split_temperature_end=1.0, num_steps=10
+    )
+    assert settings.growth_at(step).split_temperature == pytest.approx(temperature)

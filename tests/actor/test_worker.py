@@ -11,11 +11,13 @@ from tests.fakes import (
     loopback,
     numbered_prompt,
     running,
+    scoring_by,
     serve_replay,
     until,
 )
+from treepo_async.actor.grow import Grower
 from treepo_async.actor.replay_client import ReplayClient
-from treepo_async.actor.worker import RewardSettings, Worker
+from treepo_async.actor.worker import Worker
 from treepo_async.errors import RefusedError
 from treepo_async.replay.entry import State
 from treepo_async.types import PolicyVersion
@@ -30,8 +32,8 @@ async def worker_on(endpoint, engine, *, name="actor-0", scorer=lambda *_: 1.0, 
     async with Requester(endpoint, name=name, owner="replay") as requester:
         replay = ReplayClient(requester)
         await replay.hello(name=name, run_id="run", timeout_s=5)
-        reward = RewardSettings(scorer, 1.0, -1.0, timeout_s=5.0, shuffle=shuffle)
-        yield Worker(name, replay, engine, ascii_settings(), reward, seed=0)
+        scoring = scoring_by(scorer)
+        yield Worker(replay, Grower(name, engine, ascii_settings(), scoring, 0, shuffle))
 
 
 def states(server):

@@ -4,6 +4,7 @@ from pathlib import Path
 import numpy as np
 
 from treepo_async.cluster.plan import describe, make_plan
+from treepo_async.config.command_line import parse
 from treepo_async.config.schema import ActorConfig, Config, LearnerConfig
 from treepo_async.config.wiring import Wiring
 from treepo_async.types import Prompt
@@ -94,3 +95,20 @@ def test_the_plan_tells_a_person_what_will_run():
         "  learner  Megatron-Core tp1, lr 6e-05, float32",
         "  roles    1 engine, 1 learner, 1 replay, 2 actor",
     ]
+
+
+def test_trees_from_a_file_need_no_actor_and_an_engine_only_to_evaluate():
+    offline = parse(["data.trees=t.jsonl", "eval.every=0", "actors=3", "engines=2"])
+    assert [role.name for role in plan_of(offline).roles] == ["learner-0", "replay-0"]
+    evaluated = parse(["data.trees=t.jsonl", "eval.every=2", "actors=3", "engines=2"])
+    names = [role.name for role in plan_of(evaluated).roles]
+    assert names == ["engine-0", "learner-0", "replay-0", "actor-0"]
+
+
+def test_the_plan_of_an_offline_run_says_so():
+    config = parse(["data.trees=t.jsonl", "eval.every=0", "data.epochs=2", "steps=7"])
+    prompt = Prompt("p", np.arange(3, dtype=np.int32), "1", "1")
+    text = describe(config, plan_of(config), prompt)
+    assert "trees of t.jsonl, 2 passes, scored already" in text
+    assert "16 trees a step, 7 steps at most, offline" in text
+    assert "leaves" not in text

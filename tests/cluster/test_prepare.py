@@ -1,8 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 
 from tests.fakes import MODEL
+from tests.oracle import random_tree
 from treepo_async.cluster.prepare import (
     choose_run_dir,
     make_run_dir,
@@ -14,6 +16,7 @@ from treepo_async.config.command_line import load, parse
 from treepo_async.config.schema import Config
 from treepo_async.errors import ConfigError, DataError, TreepoError
 from treepo_async.tiny.tokenizer import save_tokenizer
+from treepo_async.wire.tree_line import encode_line
 
 
 def model_at(path, tmp_path):
@@ -93,6 +96,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
     [
         (["data=missing.jsonl"], r"missing\.jsonl does not exist"),
         (["reward.scorer=exat"], "did you mean exact"),
+        (["reward.scorer=no_such_module_here:f"], "cannot be imported"),
         (["tree.max_depth=60"], r"lower tree\.max_depth"),
     ],
 )
@@ -127,3 +131,50 @@ def test_evaluation_needs_a_held_out_problem(model_dir, tmp_path):
     data.write_text(json.dumps({"question": "1+1?", "answer": "2"}))
     with pytest.raises(DataError, match=r"no held-out problem; give data\.eval_path"):
         try_inputs(parse([f"data={data}"]), model_dir, MODEL)
+
+
+def trees_file(path, number=3, **options):
+    rng = np.random.default_rng(1)
+    trees = [random_tree(rng, **options) for _ in range(number)]
+    path.write_bytes(b"".join(encode_line(tree) + b"\n" for tree in trees))
+    return trees
+
+
+OFFLINE = ("replay.prompts_per_batch=2", "eval.every=0")
+
+
+def test_trees_of_a_file_are_looked_at_before_anything_starts(model_dir, tmp_path):
+    trees = trees_file(tmp_path / "t.jsonl")
+    config = parse([f"data.trees={tmp_path}/t.jsonl", *OFFLINE, "data=gone.jsonl", "model=m"])
+    prompt = try_inputs(config, model_dir, MODEL)
+    assert prompt.id == trees[0].prompt.id
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "reason"),
+    [
+        ({"vocab_size": 9000}, [], r"outside 0\.\.383; give the trees of a model like tiny"),
+        (
+            {"prompt_tokens": 100_000},
+            [],
+            r"the model has 512 positions; give the trees of a model like",
+        ),
+        ({"number": 1}, [], r"has 1 trees, fewer than a batch of 2; .* raise data\.epochs"),
+        ({}, ["eval.every=1", "data.eval_path=gone.jsonl", "data=gone.jsonl"], "does not exist"),
+    ],
+    ids=["vocabulary", "length", "number", "evaluation"],
+)
+def test_trees_that_cannot_be_trained_on_are_named_before_anything_starts(
+    model_dir, tmp_path, options, words, reason
+):
+    trees_file(tmp_path / "t.jsonl", **options)
+    config = parse([f"data.trees={tmp_path}/t.jsonl", *OFFLINE, *words])
+    with pytest.raises(TreepoError, match=reason):
+        try_inputs(config, model_dir, MODEL)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_model_config_that_is_no_object_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        read_model_config(tmp_path)

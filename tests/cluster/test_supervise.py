@@ -455,3 +455,32 @@ def test_a_signal_stops_the_run_in_order_and_keeps_the_last_step(tmp_path):
     assert "SIGINT: stopping; once more to stop at once" in it.text
     assert [record["step"] for record in it.records] == [1]
     assert {role.num_stops for role in it.roles.values()} == {1}
+
+
+def test_without_an_engine_a_step_is_told_at_once(tmp_path):
+    it = driver(tmp_path, learner=[says(READY), says(step(0)), says(DONE, exit_code=0)])
+    it.supervisor.narrator.roles = ["learner-0", "replay-0"]
+    it.supervisor.narrator.on_event("learner-0", step(0))
+    assert [record["step"] for record in it.records] == [1]
+    assert it.supervisor.narrator.is_settled()
+
+
+def test_each_evaluation_that_comes_gives_the_next_one_its_time(tmp_path, monkeypatch):
+    rules = replace(RULES, eval_every=1, eval_timeout_s=0.3)
+
+    def late(number):
+        def wait():
+            time.sleep(0.2)
+            it.supervisor.narrator.on_event("actor-0", {"event": "evaluated", "step": number})
+
+        return wait
+
+    it = driver(
+        tmp_path,
+        rules=rules,
+        learner=[says(READY), says(DONE, exit_code=0)],
+        actor=[says(READY), says(), late(0), late(1), late(2), says()],
+    )
+    it.supervisor.run()
+    assert it.supervisor.narrator.evaluated_step == 2
+    assert "ended without the evaluation of the last policy" not in it.text

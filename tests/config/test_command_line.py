@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_async.config import command_line
-from treepo_async.config.command_line import describe, load, parse, to_yaml
-from treepo_async.config.schema import Config, knobs
+from treepo_async.config.command_line import (
+    describe,
+    describe_generation,
+    load,
+    parse,
+    parse_generation,
+    to_yaml,
+)
+from treepo_async.config.schema import Config, GenerateConfig, knobs
 from treepo_async.errors import ConfigError
 
 KEYS = [key for key, _ in knobs(Config)]
@@ -229,3 +236,52 @@ def test_parsing_imports_nothing_heavy():
         cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------ the stand-alone actor
+
+GENERATE = ("out=trees.jsonl", "limit=3")
+
+
+def refused_generation(*words):
+    with pytest.raises(ConfigError) as caught:
+        parse_generation(words)
+    return str(caught.value)
+
+
+def test_a_generation_has_the_keys_of_trees_and_its_own():
+    config = parse_generation([*GENERATE, "tree.width=4", "data=p.jsonl", "model=m", "seed=3"])
+    assert (config.out, config.limit, config.tree.width) == ("trees.jsonl", 3, 4)
+    assert (config.data.path, config.model.path, config.seed) == ("p.jsonl", "m", 3)
+    assert config.tree == replace(parse([]).tree, width=4), "the defaults of a run"
+
+
+def test_the_help_of_a_generation_lists_every_key_with_its_meaning():
+    lines = [line for line in describe_generation().splitlines() if line.startswith("  ")]
+    assert [line.strip().partition("=")[0] for line in lines] == [
+        key for key, _ in knobs(GenerateConfig)
+    ]
+    assert "learner=" not in describe_generation()
+
+
+def test_a_file_for_training_can_be_used_to_generate(tmp_path):
+    file = write(tmp_path, "steps: 3\ntree: {width: 5}\nlearner: {lr: 1.0e-3}\nactors: 9\n")
+    config = parse_generation([f"config={file}", *GENERATE])
+    assert config.tree.width == 5
+    misspelled = write(tmp_path, "tree: {widht: 5}\n")
+    assert "did you mean tree.width?" in refused_generation(f"config={misspelled}", *GENERATE)
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("learner=tp2", "learner is a key of training (launch/run.py)"),
+        ("learner.lr=1", "learner.lr=1: learner is a key of training"),
+        ("steps=4", "steps is a key of training"),
+        ("otu=x.jsonl", "unknown key otu; did you mean out?"),
+        ("out_form=tree", "out_form=tree is not one of trees, trajectories"),
+        ("tree=4", "tree is a section"),
+    ],
+)
+def test_a_word_that_means_nothing_to_a_generation_is_refused(word, reason):
+    assert reason in refused_generation(*GENERATE, word)

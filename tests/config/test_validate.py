@@ -3,8 +3,8 @@ from operator import attrgetter
 
 import pytest
 
-from treepo_async.config.command_line import parse
-from treepo_async.config.schema import BUILT_IN, Config, knobs
+from treepo_async.config.command_line import parse, parse_generation
+from treepo_async.config.schema import BUILT_IN, ESTIMATORS, LEAVE_ONE_OUT, Config, knobs
 from treepo_async.config.validate import validate
 from treepo_async.errors import ConfigError
 
@@ -73,7 +73,21 @@ def test_a_number_that_is_not_finite_is_refused(key, value):
             ["data=tiny-precedence"],
             "data=tiny-precedence is the built-in task of model=tiny-precedence",
         ),
+        (
+            ["learner.leave_one_out=true", "learner.estimator=rloo"],
+            "learner.leave_one_out=true does not go with learner.estimator=rloo; give false, or one of treepo,",
+        ),
         (["tree.repetition_count=1"], "give 0 (never) or at least 2"),
+        (["tree.split=entropy", "tree.growth=eager"], "tree.growth=eager has no rounds"),
+        (
+            ["prune.min_logprob=-2", "tree.growth=independent"],
+            "prune.min_logprob=-2.0 judges paths at boundaries",
+        ),
+        (["reward.overlong_tokens=71"], "reward.overlong_tokens=71 is more than the 70 tokens"),
+        (["prune.probability=1.5"], "prune.probability=1.5 must be at most 1"),
+        (["prune.min_logprob=0"], "prune.min_logprob=0.0 would prune every path"),
+        (["prune.value=logprob"], "prune.min_value=0.0 would prune every path"),
+        (["prune.value=agreement"], "prune.min_value=0.0 must be a share above 0"),
         (["data.instruction=\\${seed}"], "data.instruction=${seed} holds '${'"),
         (["learner=tp4dp"], "learner.layout='tp4dp' is not a layout"),
     ],
@@ -81,6 +95,15 @@ def test_a_number_that_is_not_finite_is_refused(key, value):
 def test_values_that_do_not_go_together_are_refused(words, named):
     (message,) = refusals(*words)
     assert named in message
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_leave_one_out_is_accepted_for_the_estimators_that_take_it(name):
+    words = [f"learner.estimator={name}", "learner.leave_one_out=true"]
+    if name in LEAVE_ONE_OUT:
+        assert parse(words).learner.leave_one_out
+    else:
+        assert len(refusals(*words)) == 1
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
@@ -112,3 +135,41 @@ def test_values_set_in_code_are_checked_too():
     with pytest.raises(ConfigError, match=r"steps=0.*\n.*tree\.temperature=0\.0"):
         validate(config)
     assert attrgetter("tree.temperature")(Config()) > 0
+
+
+# ------------------------------------------------------------------ trees of files
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "out is not set"),
+        (["out=o.csv", "limit=1"], "out=o.csv must end in .jsonl or .parquet"),
+        (["out=o.jsonl"], "data=tiny has no end; give limit=N"),
+        (["out=o.jsonl", "limit=0"], "limit=0 must be at least 1"),
+        (["out=o.jsonl", "limit=1", "data.epochs=2"], "data.epochs is for training"),
+        (["out=o.jsonl", "limit=1", "data.eval_path=e.jsonl"], "data.eval_path is for training"),
+        (["out=o.jsonl", "limit=1", "data.trees=t.jsonl"], "data.trees is for training"),
+        (["out=o.jsonl", "limit=1", "model=m"], "data=tiny is the built-in task of model=tiny"),
+        (
+            ["out=o.jsonl", "limit=1", "engine.url=host:1"],
+            "engine.url=host:1 is no http://host:port",
+        ),
+        (["out=o.jsonl", "limit=1", "tree.width=0"], "tree.width=0 must be at least 1"),
+    ],
+)
+def test_a_generation_that_cannot_be_done_is_refused_by_name(words, named):
+    with pytest.raises(ConfigError) as caught:
+        parse_generation(words)
+    assert any(line.startswith(named) for line in str(caught.value).splitlines())
+
+
+def test_a_training_run_starts_its_engines_itself():
+    (message,) = refusals("engine.url=http://127.0.0.1:30000")
+    assert message.startswith("engine.url=http://127.0.0.1:30000 is for launch/actor.py")
+
+
+def test_trees_of_a_file_need_no_data_unless_there_is_an_evaluation():
+    parse(["data.trees=t.jsonl", "model=m", "eval.every=0"])
+    (message,) = refusals("data.trees=t.jsonl", "model=m")
+    assert message.endswith("give data=FILE to evaluate on, or eval.every=0")

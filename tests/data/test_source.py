@@ -1,5 +1,6 @@
 import json
 from contextlib import suppress
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -7,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from treepo_async.config.schema import DataConfig
-from treepo_async.data.source import EndOfData, open_source
+from treepo_async.data.source import EndOfData, FileOrder, Skipped, open_source
 from treepo_async.data.tokenizer import TextTokenizer
-from treepo_async.errors import DataError
+from treepo_async.errors import ConfigError, DataError
 from treepo_async.tiny.built_in import BUILT_INS
 from treepo_async.tiny.task import is_heldout
 from treepo_async.tiny.tokenizer import save_tokenizer
@@ -182,3 +183,53 @@ def test_skipped_records_of_both_files_are_counted(opened, train, tmp_path):
         True,
         True,
     ]
+
+
+# ------------------------------------------------------------------ every record once
+
+
+@pytest.fixture
+def in_order(tokenizer):
+    def open_with(data, **options):
+        section = DataConfig(path=str(data), instruction="")
+        options = {"max_prompt_tokens": 60, "vocab_size": tokenizer.vocab_size, **options}
+        return FileOrder(section, tokenizer=tokenizer, seed=0, **options)
+
+    return open_with
+
+
+def test_every_record_comes_once_in_its_order_as_it_would_be_trained_on(in_order, opened, train):
+    found = list(in_order(train))
+    assert [p.id for p in found] == [f"train-{i}" for i in range(1, 201)]
+    trained = {p.id: p.text for p in epoch(opened(train, epochs=1))}
+    assert trained == {p.id: p.text for p in found if p.id in trained}
+    assert [p.id for p in in_order(train)] == [p.id for p in found], "again and again"
+
+
+def test_a_record_that_gives_no_prompt_keeps_its_place_with_the_reason(in_order, tmp_path):
+    data = write(tmp_path / "a.jsonl", ["short?", "long " * 100, "fine?"])
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([lines[0], "{", *lines[1:], '{"question": "no answer"}']))
+    found = list(in_order(data))
+    assert [p.id for p in found] == [f"a-{i}" for i in range(1, 6)]
+    assert [isinstance(p, Skipped) for p in found] == [False, True, True, False, True]
+    assert found[1].reason.startswith("not valid JSON")
+    assert "a-3 has 500 prompt tokens, more than the 60" in found[2].reason
+
+
+def test_a_token_that_the_model_does_not_have_is_a_reason(in_order, train):
+    found = list(islice(in_order(train, vocab_size=20), 3))
+    assert all(isinstance(p, Skipped) for p in found)
+    assert "vocabulary has 20; the tokenizer is of another model" in found[0].reason
+
+
+@built_in
+def test_the_problems_of_a_built_in_task_come_in_order_without_end(in_order, opened, name):
+    found = list(islice(in_order(name), 50))
+    assert [p.id for p in found] == [f"{name}-train-{i}" for i in range(50)]
+    assert found[17].text == opened(name).prompt(17).text
+
+
+def test_a_source_that_does_not_exist_is_named(in_order):
+    with pytest.raises(ConfigError, match=r"gone\.jsonl does not exist"):
+        iter(in_order("gone.jsonl"))

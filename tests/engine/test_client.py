@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import time
 from collections import deque
+from dataclasses import replace
 
 import aiohttp
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 import treepo_async.engine.client
 from tests.fakes import VOCAB_SIZE, FakeSGLang, fake_logprob, open_gate, until
+from treepo_async.engine.answer import Watch, entropy_of
 from treepo_async.engine.client import MAX_ATTEMPTS, WARM_TOKENS, EngineClient, SamplingSettings
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import DeadlineError, EngineError
@@ -303,3 +305,68 @@ async def test_the_time_without_a_server_costs_one_attempt_however_long_it_is():
         restarted.set()
         assert len(await task) == 1
         assert len(sglang.bodies("/generate")) == 2
+
+
+def watch(is_over, every_tokens=4):
+    return Watch(every_tokens, is_over)
+
+
+async def test_a_watched_request_that_is_not_over_returns_what_any_other_returns():
+    async with connected() as (sglang, _, client):
+        (plain,) = await extend(client, max_new_tokens=10)
+        (watched,) = await extend(client, max_new_tokens=10, watch=watch(lambda _: False))
+        first, second = sglang.bodies("/generate")
+    assert watched.run.token_ids.tolist() == plain.run.token_ids.tolist()
+    assert watched.run.spans == plain.run.spans
+    assert "stream" not in first
+    assert second["stream"] is True
+    assert second["sampling_params"]["stream_interval"] == 4
+    assert sglang.bodies("/abort_request") == []
+
+
+async def test_a_watch_sees_the_tokens_grow_and_ends_the_request():
+    seen = []
+
+    def is_over(token_ids):
+        seen.append(len(token_ids))
+        return len(token_ids) >= 8
+
+    async with connected(latency_s=0.05) as (sglang, _, client):
+        (completion,) = await extend(client, max_new_tokens=40, watch=watch(is_over))
+        (body,) = sglang.bodies("/generate")
+        assert sglang.bodies("/abort_request") == [{"rid": body["rid"]}]
+    assert seen == [1, 4, 8]
+    # the engine decodes on until the abort reaches it; those tokens are told, too
+    assert len(completion.run) == 10
+
+
+async def test_an_abort_by_somebody_else_is_tried_again():
+    async with connected(generate_faults=deque(["abort"])) as (sglang, _, client):
+        (completion,) = await extend(client, max_new_tokens=6, watch=watch(lambda _: False))
+        assert len(sglang.bodies("/generate")) == 2
+    assert len(completion.run) == 6
+
+
+async def test_a_stream_that_breaks_off_is_tried_again():
+    async with connected(generate_faults=deque(["drop"])) as (sglang, _, client):
+        (completion,) = await extend(client, max_new_tokens=6, watch=watch(lambda _: False))
+        assert len(sglang.bodies("/generate")) == 2
+    assert len(completion.run) == 6
+
+
+async def test_the_entropy_of_the_last_token_is_given_where_it_is_asked_for():
+    async with connected() as (sglang, _, client):
+        (without,) = await extend(client)
+        (completion,) = await client.extend(
+            PREFIX, num_runs=1, max_new_tokens=4, sampling=replace(SAMPLING, num_top_logprobs=2)
+        )
+        assert sglang.bodies("/generate")[1]["top_logprobs_num"] == 2
+    assert without.entropy is None
+    # 1/2, 1/4, and all others as one of 1/4
+    assert completion.entropy == pytest.approx(1.5 * np.log(2))
+
+
+@pytest.mark.parametrize("probabilities", [[1.0], [0.5, 0.5], [0.7, 0.2, 0.1], [0.25] * 4])
+def test_entropy_of_all_tokens_is_that_of_the_distribution(probabilities):
+    expected = -sum(p * np.log(p) for p in probabilities)
+    assert entropy_of(np.log(probabilities).tolist()) == pytest.approx(expected, abs=1e-9)

@@ -501,3 +501,33 @@ async def test_the_driver_hears_how_often_the_server_had_nothing_to_do(
     ]
     assert min(shares) == 0
     assert shares[-1] == 1
+
+
+async def test_an_engine_that_only_evaluates_passes_over_all_other_versions(tmp_path, base_dir):
+    rules = {"evaluates": True, "evaluates_base": False, "grows_trees": False}
+    async with house(tmp_path, base_dir, **rules) as it:
+        publish_fake(it.store, FIRST)
+        publish_fake(it.store, SECOND, evaluate=True)
+        publish_fake(it.store, THIRD)
+        await it.evaluation_of(SECOND)
+        await it.gate.evaluated(SECOND)
+        await asyncio.sleep(0.3)
+        loaded = [body["weight_version"] for body in it.sglang.bodies("/update_weights_from_disk")]
+        assert loaded == ["0.2"]
+        assert it.host.applied == SECOND
+
+
+async def test_where_no_tree_is_grown_a_refused_publication_ends_nothing(
+    tmp_path, base_dir, capsys
+):
+    rules = {"evaluates": True, "evaluates_base": False, "grows_trees": False, "max_staleness": 0}
+    async with house(tmp_path, base_dir, **rules) as it:
+        spoiled = publish_fake(WeightStore(tmp_path / "spoiled", keep=4), SECOND, evaluate=True)
+        spoil(spoiled, "cut")
+        spoiled.rename(it.store.path(SECOND))
+        await until(lambda: SECOND in it.host.refused)
+        publish_fake(it.store, THIRD, evaluate=True)
+        await it.evaluation_of(THIRD)
+        assert not it.task.done()
+    alarms = [e["alarm"] for e in events_in(capsys.readouterr().out, "alarm")]
+    assert alarms == ["publication refused"]

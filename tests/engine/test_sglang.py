@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 import numpy as np
@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from tests.fakes import open_gate
 from tests.oracle import sequence_logprobs, tiny_qwen2
 from treepo_async.actor.expand import ExpandSettings, expand
+from treepo_async.engine.answer import Watch
 from treepo_async.engine.client import EngineClient, SamplingSettings
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.server import Server, ServerOptions
 from treepo_async.errors import EngineError, WeightsError
 from treepo_async.process import free_ports
-from treepo_async.tree.growth import GrowthRules
+from treepo_async.tree.rules import GrowthRules
 from treepo_async.tree.stopping import StopRules
-from treepo_async.types import PolicyVersion, Prompt
+from treepo_async.types import PolicyVersion, Prompt, leaves_of, path_of
 from treepo_async.weights.manifest import Probe, TensorInfo, model_tensors, verify
 from treepo_async.weights.store import NamedTensor, WeightStore
 
@@ -187,6 +188,9 @@ class RecordingEngine:
     client: EngineClient
     answers: list = field(default_factory=list)
 
+    async def warm(self, prefix, **options):
+        await self.client.warm(prefix, **options)
+
     async def extend(self, prefix, **options):
         completions = await self.client.extend(prefix, **options)
         self.answers.append((options["is_cached"], completions))
@@ -201,7 +205,7 @@ SETTINGS = ExpandSettings(
         branching_factor=2,
         first_fork_min=2,
         first_fork_max=2,
-        fallback=True,
+        fallback="random",
     ),
     stops=StopRules(eos_token_ids=frozenset({EOS}), decode=str),
     sampling=SamplingSettings(0.8, (EOS,)),
@@ -235,6 +239,84 @@ async def test_every_segment_of_a_tree_has_the_log_probs_of_its_whole_path(house
     assert provenance.decoded_tokens == sum(
         len(c.run) for _, found in engine.answers for c in found
     )
+
+
+@pytest.mark.parametrize("growth", ["eager", "independent"])
+async def test_other_kinds_of_growth_find_their_prefixes_in_the_cache_too(house, models, growth):
+    await house.use(BASE)
+    engine = RecordingEngine(house.client)
+    seed = 70 + (growth == "eager")
+    prompt = Prompt("p", np.array(prompt_tokens(seed, 200), np.int32), "", "")
+    settings = replace(SETTINGS, growth=replace(SETTINGS.growth, growth=growth))
+    segments, _ = await expand(
+        prompt, engine, settings, random.Random(0), lease_id="l", actor="a", least_step=0
+    )
+    assert len(leaves_of(segments)) == 8
+    completions = [c for _, found in engine.answers for c in found]
+    assert all(c.cached_tokens >= 0.95 * c.prefix_tokens for c in completions)
+    for leaf in leaves_of(segments):
+        path = [segments[i] for i in path_of(segments, leaf)]
+        tokens = [t for segment in path for t in segment.token_ids.tolist()]
+        expected = judge(models[BASE], [*prompt.token_ids.tolist(), *tokens], 0.8)[-len(tokens) :]
+        found = np.concatenate([segment.behavior_logprobs for segment in path])
+        assert np.abs(found - expected).max() < CLOSE
+
+
+async def test_a_watched_request_ends_in_the_engine_and_keeps_its_log_probs(house, models):
+    await house.use(BASE)
+    prefix, seen = prompt_tokens(80, 20), []
+
+    def is_over(token_ids):
+        seen.append(list(token_ids))
+        return len(token_ids) >= 32
+
+    (completion,) = await house.client.extend(
+        prefix,
+        num_runs=1,
+        max_new_tokens=CONTEXT - 40,
+        sampling=SamplingSettings(1.0, ()),
+        watch=Watch(8, is_over),
+    )
+    await wait_idle(house.server)
+    tokens = completion.run.token_ids.tolist()
+    assert 32 <= len(tokens) < CONTEXT - 40, "it was to end long before its limit"
+    assert len(seen) >= 4
+    assert all(tokens[: len(head)] == head for head in seen)
+    assert gap_to(models[BASE], prefix, completion.run) < CLOSE
+
+
+async def test_a_watched_request_that_runs_out_is_whole(house, models):
+    await house.use(BASE)
+    prefix = prompt_tokens(81, 20)
+    (completion,) = await house.client.extend(
+        prefix,
+        num_runs=1,
+        max_new_tokens=50,
+        sampling=SamplingSettings(1.0, ()),
+        watch=Watch(8, lambda _: False),
+    )
+    assert len(completion.run) == 50
+    assert gap_to(models[BASE], prefix, completion.run) < CLOSE
+
+
+async def test_the_entropy_at_a_boundary_is_that_of_the_judge_up_to_its_tail(house, models):
+    await house.use(BASE)
+    prefix = prompt_tokens(82, 20)
+    entropies = {}
+    for num_top in (20, VOCAB_SIZE):
+        (completion,) = await house.client.extend(
+            prefix,
+            num_runs=1,
+            max_new_tokens=6,
+            sampling=SamplingSettings(1.0, (), num_top),
+        )
+        before = [*prefix, *completion.run.token_ids.tolist()[:-1]]
+        logprobs = models[BASE](_row(before)).logits[0, -1].log_softmax(-1).detach().double()
+        entropies[num_top] = completion.entropy, float(-(logprobs.exp() * logprobs).sum())
+    found, expected = entropies[VOCAB_SIZE]
+    assert found == pytest.approx(expected, abs=1e-3)
+    found, expected = entropies[20]
+    assert found <= expected + 1e-4
 
 
 async def test_an_update_changes_the_log_probs_and_leaves_no_prefix_of_the_old_weights(

@@ -95,3 +95,14 @@ def test_spans_cover_every_token_and_only_those_of_the_submitted_version_are_sur
     assert [s.num_tokens for s in found] == lengths
     assert [s.policy_version for s in found] == versions
     assert [s.mixed_context for s in found] == [mode is IN_PLACE and v != OLD for v in versions]
+
+
+@given(name=st.text(), length=st.integers(1, 9))
+def test_weights_that_never_change_are_of_the_submitted_version_whatever_their_name(name, length):
+    spans = [{"version": name, "start": 0, "end": length}]
+    assert version_spans(spans, OLD, None) == (VersionSpan(OLD, length),)
+
+
+def test_two_names_in_one_answer_are_a_change_that_should_not_be():
+    with pytest.raises(EngineError, match=r"weights changed from 0\.3 to 0\.4 under a request"):
+        version_spans(said((OLD, 2), (NEW, 5)), OLD, None)

@@ -21,7 +21,7 @@ from treepo_async.engine.host import Host, HostRules
 from treepo_async.engine.server import Server, ServerOptions
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.process import free_ports
-from treepo_async.tree.growth import GrowthRules
+from treepo_async.tree.rules import GrowthRules
 from treepo_async.tree.stopping import StopRules
 from treepo_async.types import PolicyVersion, Prompt
 from treepo_async.weights.manifest import Probe, TensorInfo
@@ -343,7 +343,7 @@ SETTINGS = ExpandSettings(
         branching_factor=2,
         first_fork_min=2,
         first_fork_max=2,
-        fallback=True,
+        fallback="random",
     ),
     stops=StopRules(eos_token_ids=frozenset(), decode=str),
     sampling=SamplingSettings(1.0, ()),

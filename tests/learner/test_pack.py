@@ -7,9 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.oracle import random_tree, visible_by_ancestors
+from tests.oracle import random_tree, token_sums, visible_by_ancestors
 from treepo_async.errors import TreeError
 from treepo_async.learner.pack import edge_values, empty_batch, pack, pack_sequences
+from treepo_async.tree.advantage import OF_SEGMENTS, batch_advantages
+from treepo_async.tree.levels import num_levels
 from treepo_async.types import ROOT
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -33,16 +35,13 @@ def mask_of(batch):
     return (index[None] <= index[:, None]) & (index[:, None] < batch.end[None])
 
 
-def token_sums(tree, advantages_L):
-    """(P, N, W) of every token of every segment, trajectory by trajectory."""
-    sums = {}
-    for leaf, advantage in zip(tree.leaves, advantages_L, strict=True):
-        if np.isnan(advantage):
-            continue
-        for i in tree.path(leaf):
-            p, n, w = sums.get(i, (0.0, 0.0, 0))
-            sums[i] = (p + max(advantage, 0.0), n + max(-advantage, 0.0), w + 1)
-    return sums
+def by_level(tree, rng):
+    """One number per leaf and level, NaN for the leaf's unscored and behind its end as an estimator gives it."""
+    level_L1 = np.array([[tree.segments[leaf].level] for leaf in tree.leaves])
+    values = rng.normal(size=(len(tree.leaves), num_levels(tree)))
+    values[np.arange(values.shape[1]) > level_L1] = np.nan
+    values[np.isnan(tree.rewards_L)] = np.nan
+    return values
 
 
 @given(SEEDS)
@@ -75,22 +74,69 @@ def test_positions_and_predecessors_follow_the_path(seed):
 def test_every_trained_token_carries_its_sums_over_the_counted_leaves_below(seed):
     trees, advantages = forest(seed, nan_share=0.4)
     (batch,) = pack(trees, advantages, budget_tokens=10**6)
-    expected = [token_sums(*pair) for pair in zip(trees, advantages, strict=True)]
-    trained = set()
+    check_sums(batch, trees, advantages)
     for t, s, edges in batch.segments():
         segment = trees[t].segments[s]
-        trained.add((t, s))
-        p, n, w = expected[t][s]
-        np.testing.assert_allclose(batch.positive[edges], p, rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(batch.negative[edges], n, rtol=1e-6, atol=1e-7)
-        np.testing.assert_array_equal(batch.count[edges], w)
         np.testing.assert_array_equal(batch.input_ids[batch.target[edges]], segment.token_ids)
         np.testing.assert_array_equal(batch.behavior_logprobs[edges], segment.behavior_logprobs)
         np.testing.assert_array_equal(batch.policy_step[edges], segment.policy_version.step)
         np.testing.assert_array_equal(batch.lineage[edges], segment.policy_version.lineage)
         np.testing.assert_array_equal(batch.mixed_context[edges], segment.mixed_context)
         np.testing.assert_array_equal(batch.level[edges], segment.level)
-    assert trained == {(t, s) for t, sums in enumerate(expected) for s in sums}
+
+
+def check_sums(batch, trees, advantages):
+    """P, N and W of every trained token are those of the slow loop, and the tokens are those it trains."""
+    expected = [token_sums(*pair) for pair in zip(trees, advantages, strict=True)]
+    found = {}
+    for t, s, edges in batch.segments():
+        rows = zip(batch.positive[edges], batch.negative[edges], batch.count[edges], strict=True)
+        found |= {(t, s, place): row for place, row in enumerate(rows)}
+    assert found.keys() == {(t, *token) for t, sums in enumerate(expected) for token in sums}
+    for (t, *token), row in found.items():
+        np.testing.assert_allclose(row, expected[t][tuple(token)], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", OF_SEGMENTS)
+@given(SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_a_token_carries_the_sums_of_its_own_level(estimator, seed):
+    trees, _ = forest(seed, nan_share=0.4)
+    advantages = batch_advantages(trees, estimator, whitened=True, path_weights="unbiased")
+    (batch,) = pack(trees, advantages, budget_tokens=10**6)
+    check_sums(batch, trees, advantages)
+
+
+@given(SEEDS)
+@settings(max_examples=30, deadline=None)
+def test_advantages_that_are_constant_along_levels_are_exactly_those_of_trajectories(seed):
+    trees, advantages = forest(seed, nan_share=0.4)
+    wide = [
+        np.repeat(values[:, None], num_levels(tree), axis=1)
+        for tree, values in zip(trees, advantages, strict=True)
+    ]
+    (one,), (other,) = (pack(trees, values, budget_tokens=10**6) for values in (advantages, wide))
+    for name in ("positive", "negative", "count", "target", "prev", "input_ids"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+
+
+def test_control_levels_that_are_swapped_are_other_sums():
+    rng = np.random.default_rng(5)
+    tree = random_tree(rng, num_segments=14)
+    values = rng.normal(size=(len(tree.leaves), num_levels(tree)))
+    (one,), (other,) = (pack([tree], [v], 10**6) for v in (values, values[:, ::-1]))
+    assert not np.allclose(one.positive, other.positive)
+
+
+def test_what_stands_behind_the_end_of_a_leaf_is_not_read():
+    rng = np.random.default_rng(5)
+    tree = random_tree(rng, num_segments=14, nan_share=0.3)
+    values = by_level(tree, rng)
+    filled = np.where(np.isnan(values[:, :1]) | ~np.isnan(values), values, 99.0)
+    assert (filled == 99).any()
+    (one,), (other,) = (pack([tree], [v], 10**6) for v in (values, filled))
+    np.testing.assert_array_equal(one.positive, other.positive)
+    np.testing.assert_array_equal(one.negative, other.negative)
 
 
 @given(SEEDS)
@@ -211,8 +257,25 @@ def test_values_of_segments_land_on_their_tokens():
 
 def test_a_tree_without_one_advantage_per_leaf_is_refused():
     tree = random_tree(np.random.default_rng(0))
-    with pytest.raises(TreeError, match=r"advantages\[0\] has 1 values"):
+    with pytest.raises(TreeError, match=r"advantages\[0\] has shape \[1\], the tree has"):
         pack([tree], [np.zeros(1)], 100)
+
+
+@pytest.mark.parametrize(("leaves", "levels"), [(0, 1), (0, -1), (1, 0)])
+def test_a_tree_without_one_advantage_per_leaf_and_level_is_refused(leaves, levels):
+    tree = random_tree(np.random.default_rng(0))
+    shape = len(tree.leaves) + leaves, num_levels(tree) + levels
+    with pytest.raises(TreeError, match=rf"advantages\[1\] has shape \[{shape[0]}, {shape[1]}\]"):
+        pack([tree, tree], [np.zeros(len(tree.leaves)), np.zeros(shape)], 100)
+
+
+def test_a_leaf_that_counts_at_some_of_its_levels_alone_is_refused():
+    tree = random_tree(np.random.default_rng(0), num_segments=20)
+    values = np.zeros((len(tree.leaves), num_levels(tree)))
+    leaf = next(i for i, s in enumerate(tree.leaves) if tree.segments[s].level > 0)
+    values[leaf, 1] = np.nan
+    with pytest.raises(TreeError, match=rf"is nan for leaf {leaf} at level 1 and 0.0 at level 0"):
+        pack([tree], [values], 100)
 
 
 def test_an_empty_sequence_is_refused():

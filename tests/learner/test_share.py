@@ -7,6 +7,7 @@ from tests.oracle import random_tree
 from treepo_async.errors import TreeError
 from treepo_async.learner.pack import num_packed_tokens
 from treepo_async.learner.share import Share, divide
+from treepo_async.tree.advantage import batch_advantages
 
 
 def batch(num_trees, seed=0):
@@ -62,6 +63,17 @@ def test_bytes_carry_a_share_exactly():
             assert [s.token_ids.tolist() for s in a.segments] == [
                 s.token_ids.tolist() for s in b.segments
             ]
+
+
+def test_bytes_carry_advantages_of_levels_with_their_shape():
+    trees, _ = batch(3)
+    advantages = batch_advantages(trees, "spo", whitened=True)
+    assert len({a.shape for a in advantages}) > 1
+    (share,) = divide(trees, advantages, num_replicas=1, budget_tokens=10**6)
+    for found, expected in zip(
+        Share.from_bytes(share.to_bytes()).advantages, advantages, strict=True
+    ):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_a_tree_without_advantages_is_refused():

@@ -9,6 +9,7 @@ import pytest
 from tests.oracle import random_tree, sequence_logprobs, tiny_qwen2, trajectory_loss
 from treepo_async.learner.pack import pack_groups
 from treepo_async.learner.share import divide
+from treepo_async.tree.advantage import batch_advantages
 from treepo_async.types import PolicyVersion
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("groups")]
@@ -103,6 +104,31 @@ def test_loss_and_every_gradient_equal_the_trajectories_one_by_one(model_dir, co
     assert loss_error < 1e-5
     assert gradient_error < 1e-5
     assert result.num_microbatches > 1
+
+
+def test_they_equal_with_advantages_of_levels_as_well(model_dir):
+    learner = learner_from(model_dir)
+    trees, _ = batch()
+    advantages = batch_advantages(trees, "treerl", whitened=True, path_weights="unbiased")
+    assert all(a.ndim == 2 for a in advantages)
+    proximal = shaken(learner.logprobs(trees))
+    loss_error, gradient_error, result = compare(
+        learner, model_dir, trees, advantages, proximal_logprobs=proximal
+    )
+    assert loss_error < 1e-5
+    assert gradient_error < 1e-5
+    assert 0.1 < result.clipped_share < 0.9
+
+
+def test_control_advantages_of_another_level_are_another_loss(model_dir):
+    learner = learner_from(model_dir)
+    trees, _ = batch()
+    advantages = batch_advantages(trees, "treerl", whitened=True)
+    learner.train(whole(learner, trees, advantages))
+    swapped = [np.where(np.isnan(a), a, a[:, :1]) for a in advantages]
+    reference = reference_from(model_dir)
+    trajectory_loss(reference, trees, swapped, **CLIP, cap=2.0).backward()
+    assert max(gradient_errors(learner, reference).values()) > 1e-2
 
 
 def test_they_equal_with_clipped_tokens_as_well(model_dir):

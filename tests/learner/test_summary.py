@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from treepo_async.learner.summary import summarize
 from treepo_async.types import (
+    NO_LINEAGE,
     ROOT,
     PolicyVersion,
     Prompt,
@@ -58,4 +61,29 @@ def test_a_batch_is_summed_up_over_leaves_and_tokens():
         # 4 tokens one step old, 6 of none, 2 of two
         "staleness_mean": pytest.approx((4 * 1 + 6 * 0 + 2 * 2) / 12),
         "staleness_max": 2,
+        "offline_share": 0.0,
     }
+
+
+def test_trees_from_a_file_have_no_staleness_and_are_told_apart():
+    version = PolicyVersion(NO_LINEAGE, 0)
+    foreign = replace(segment(ROOT, 0, 4, 0, StopReason.EOS), policy_version=version)
+    offline = tree([foreign], [1.0], [1.0])
+    found = summarize([offline], PolicyVersion(0, 6))
+    assert np.isnan([found["staleness_mean"], found["staleness_max"]]).all()
+    assert found["offline_share"] == 1.0
+    both = [offline, tree([segment(ROOT, 0, 2, 5, StopReason.EOS)], [1.0], [1.0])]
+    found = summarize(both, PolicyVersion(0, 6))
+    assert (found["staleness_mean"], found["staleness_max"]) == (1.0, 1)
+    assert found["offline_share"] == pytest.approx(2 / 3)
+
+
+def test_a_pruned_path_is_no_trajectory_and_no_reward_error():
+    pruned = tree(
+        [segment(ROOT, 0, 4, 5, StopReason.PRUNED), segment(ROOT, 0, 2, 6, StopReason.EOS)],
+        [np.nan, 1.0],
+        [np.nan, 1.0],
+    )
+    found = summarize([pruned], PolicyVersion(0, 6))
+    assert (found["num_trajectories"], found["reward_errors"]) == (1, 0)
+    assert (found["response_tokens_mean"], found["num_unique_tokens"]) == (2.0, 6)

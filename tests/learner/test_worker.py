@@ -13,16 +13,18 @@ from tests.fakes import (
     events_in,
     numbered_prompt,
     running,
+    scoring_by,
     serve_replay,
 )
+from treepo_async.actor.grow import Grower
 from treepo_async.actor.replay_client import ReplayClient
-from treepo_async.actor.worker import RewardSettings
 from treepo_async.actor.worker import Worker as ActorWorker
 from treepo_async.data.source import EndOfData
 from treepo_async.errors import DeadlineError, TreepoError
 from treepo_async.learner.optimizer import MOMENTS
 from treepo_async.learner.step import WEIGHTS, StepResult
 from treepo_async.learner.worker import MAX_SKIPPED, Start, Worker, WorkerRules
+from treepo_async.tree.advantage import batch_advantages
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.checkpoints import CheckpointStore, TrainingState
 from treepo_async.weights.manifest import Manifest
@@ -32,6 +34,8 @@ from treepo_async.wire.sockets import BlockingRequester, Requester
 RULES = WorkerRules(
     num_steps=3,
     estimator="treepo",
+    leave_one_out=False,
+    path_weights="equal",
     whiten=True,
     eval_every=2,
     save_every=2,
@@ -67,6 +71,8 @@ class FakeTeam:
     server: object
     results: list = field(default_factory=list)
     calls: list = field(default_factory=list)
+    batches: list = field(default_factory=list)
+    """Trees and advantages of each call."""
     num_waits: int = 0
 
     @property
@@ -81,7 +87,7 @@ class FakeTeam:
         leases = [tree.provenance.lease_id for tree in trees]
         consumed = [entry.lease_id for entry in order.consumed[order.next_step - 1]]
         assert leases == consumed, "consumed before it is computed on"
-        assert [a.shape for a in advantages] == [(len(tree.leaves),) for tree in trees]
+        self.batches.append((trees, advantages))
         self.calls.append((version, leases, self.server.queue.published))
         return self.results[len(self.calls) - 1] if self.results else DONE
 
@@ -159,12 +165,9 @@ async def learning(
 @contextlib.asynccontextmanager
 async def acting(endpoint):
     async with Requester(endpoint, name="actor-0", owner="replay") as requester:
-        reward = RewardSettings(
-            lambda response, _: float(len(response) % 2), 1.0, -1.0, timeout_s=5.0
-        )
-        actor = ActorWorker(
-            "actor-0", ReplayClient(requester), ScriptedEngine(), ascii_settings(), reward, seed=0
-        )
+        scoring = scoring_by(lambda response, _: float(len(response) % 2))
+        grower = Grower("actor-0", ScriptedEngine(), ascii_settings(), scoring, 0)
+        actor = ActorWorker(ReplayClient(requester), grower)
         async with running(actor.run(concurrent_trees=2)):
             yield
 
@@ -193,6 +196,28 @@ async def test_each_step_consumes_trains_publishes_and_then_says_so(tmp_path, ca
         seconds = event["seconds"]
         assert sum(v for k, v in seconds.items() if k != "wall") == pytest.approx(seconds["wall"])
     assert steps[2]["staleness_mean"] == 2.0
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"estimator": "treepo", "path_weights": "unbiased", "whiten": False},
+        {"estimator": "grpo", "leave_one_out": True, "whiten": False},
+        {"estimator": "spo", "whiten": True},
+    ],
+)
+async def test_a_batch_is_trained_with_the_advantages_that_the_rules_name(tmp_path, rules):
+    async with learning(tmp_path, num_steps=1, **rules) as it:
+        await it.train()
+        ((trees, found),) = it.team.batches
+    options = {"estimator": "treepo", "whiten": True} | rules
+    options["whitened"] = options.pop("whiten")
+    expected, default = (
+        np.concatenate([a.ravel() for a in batch_advantages(trees, **o)])
+        for o in (options, {"estimator": "treepo", "whitened": True})
+    )
+    assert np.array_equal(np.concatenate([a.ravel() for a in found]), expected, equal_nan=True)
+    assert not np.array_equal(expected, default), "the rules matter"
 
 
 async def test_checkpoints_are_made_on_the_way_and_at_the_end_and_only_then_are_trees_forgotten(

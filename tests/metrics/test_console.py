@@ -77,3 +77,8 @@ def test_an_alarm_with_an_empty_detail_is_shown_all_the_same(detail, shown):
 
 def test_an_alarm_without_details_is_its_name():
     assert alarm_line("replay-0", {"event": "alarm", "alarm": "odd"}) == "ALARM replay-0: odd"
+
+
+def test_a_batch_from_a_file_is_told_as_offline():
+    record = {**RECORD, "staleness/mean": None, "staleness/max": None}
+    assert "(all 0.46)  offline  tokens" in step_line(record, 60)

@@ -22,6 +22,10 @@ def tree(outcome="accepted", **changes):
         "overhead_s": 0.5,
         "grow_s": 1.0,
         "num_fallbacks": 2,
+        "num_pruned": 1,
+        "saved_tokens": 7,
+        "weight_sum": 2.0,
+        "weighted_tokens": 30.0,
     }
     return {**event, **changes}
 
@@ -65,7 +69,11 @@ def test_a_record_puts_the_roles_numbers_under_their_names():
         "cache/hit_share": 0.75,
         "engine/http_s": 0.05,
         "accuracy/sampled": 0.875,
+        "tokens/saved": 14,
+        "length/delivered": 25.0,
+        "length/unbiased": 15.0,
         "trees/fallback_runs": 4,
+        "trees/pruned_paths": 2,
         "trees/accepted": 1,
         "trees/degenerate": 1,
         "time/wait_batch_s": 2.0,
@@ -81,7 +89,7 @@ def test_a_record_puts_the_roles_numbers_under_their_names():
 
 def test_what_nothing_is_known_of_is_none():
     record = Recorder().step(step(seconds={"wall": 8.0}), None)
-    unknown = {*WEIGHTS_NAMES, "tokens/decoded_per_delivered", "cache/hit_share", "engine/http_s", "accuracy/sampled", "idle/engine"}  # fmt: skip
+    unknown = {*WEIGHTS_NAMES, "tokens/decoded_per_delivered", "cache/hit_share", "engine/http_s", "accuracy/sampled", "idle/engine", "length/delivered", "length/unbiased"}  # fmt: skip
     assert {name for name, value in record.items() if value is None} == unknown
     assert record["idle/learner"] == 0
     assert record["tokens/decoded"] == 0

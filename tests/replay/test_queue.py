@@ -865,3 +865,23 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+
+
+def test_a_tree_of_no_policy_of_the_run_is_never_too_old():
+    queue = queue_of(max_staleness=0)
+    for step in range(3):
+        for entry in lease_all(queue):
+            assert queue.least_step(entry.lease_id) == step
+            assert put(queue, entry, oldest_step=None) == "accepted"
+        queue.next_batch(step)
+        queue.publish(step + 1, step)
+
+
+def test_an_entry_that_is_lost_ends_and_counts_in_the_row_that_ends_a_run():
+    queue = queue_of()
+    first, second, *_ = lease_all(queue)
+    queue.lose(first.lease_id, "bad_tree")
+    assert (queue.num_lost, queue.reasons) == (1, {"bad_tree": 1})
+    put(queue, second)
+    assert queue.num_lost == 0
+    queue.check_integrity()

@@ -1,22 +1,33 @@
-import logging
 import math
 
+import numpy as np
 import pytest
 
 from treepo_async.errors import ConfigError
 from treepo_async.scoring.exact import exact
-from treepo_async.scoring.registry import get_scorer, reward, score
+from treepo_async.scoring.failures import BadKeyError, Failure
+from treepo_async.scoring.maths import maths
+from treepo_async.scoring.registry import attempt, check_name, get_scorer
 
 
-def test_exact_is_built_in():
+def test_exact_and_math_are_built_in():
     assert get_scorer("exact") is exact
+    assert get_scorer("math") is maths
 
 
-def test_a_misspelt_name_is_refused_with_the_nearest_one():
-    with pytest.raises(
-        ConfigError, match=r"'exakt' is unknown; did you mean exact\?.*module:function"
-    ):
-        get_scorer("exakt")
+@pytest.mark.parametrize(("name", "meant"), [("exakt", "exact"), ("maths", "math")])
+def test_a_misspelt_name_is_refused_with_the_nearest_one(name, meant):
+    for refuse in (check_name, get_scorer):
+        with pytest.raises(
+            ConfigError,
+            match=rf"'{name}' is unknown; did you mean {meant}\?.*exact, math.*module:function",
+        ):
+            refuse(name)
+
+
+def test_a_name_is_checked_without_an_import():
+    check_name("no_such_module_here:f")
+    check_name("math")
 
 
 def test_a_users_function_is_imported_by_name(tmp_path, monkeypatch):
@@ -37,28 +48,80 @@ def test_a_function_that_is_not_there_is_refused(name):
         get_scorer(name)
 
 
-def failing(response, answer):
-    raise KeyError(answer)
+@pytest.mark.parametrize(
+    "returned",
+    [0.5, True, 1, -3.0, np.float32(0.25), np.array(0.25), np.bool_(True)],
+)
+def test_any_finite_number_is_an_accuracy(returned):
+    result = attempt(lambda *_: returned, "response", "answer")
+    assert (result.accuracy, result.failure) == (float(returned), None)
 
 
-@pytest.mark.parametrize("returned", ["high", math.inf, math.nan, None])
-def test_a_scorer_that_returns_no_finite_number_gives_nan_and_a_log_line(returned, caplog):
-    with caplog.at_level(logging.WARNING):
-        assert math.isnan(score(lambda r, a: returned, "response", "answer"))
-    assert "counts as unscored" in caplog.text
+@pytest.mark.parametrize(
+    "returned",
+    [
+        "high",
+        "1.0",
+        b"1",
+        math.inf,
+        math.nan,
+        None,
+        np.ones(2),
+        1j,
+        [1.0],
+        10**400,
+    ],
+)
+def test_anything_else_is_a_failure_that_shows_what_was_returned(returned):
+    result = attempt(lambda *_: returned, "response", "answer")
+    assert math.isnan(result.accuracy)
+    assert result.failure is Failure.NOT_FINITE
+    assert f"returned a {type(returned).__name__}" in result.detail
 
 
-def test_a_scorer_that_raises_gives_nan_and_a_log_line(caplog):
-    with caplog.at_level(logging.WARNING):
-        assert math.isnan(score(failing, "response", "answer"))
-    assert "KeyError" in caplog.text
-    assert "counts as unscored" in caplog.text
+class Spiteful:
+    """Nothing about it can be asked."""
+
+    def __float__(self):
+        raise TypeError
+
+    def __repr__(self):
+        raise ZeroDivisionError("not even this")
 
 
-def test_a_scorer_that_works_gives_its_accuracy_silently(caplog):
-    assert score(exact, "\\boxed{1}", "1") == 1.0
-    assert score(lambda r, a: True, "", "") == 1.0
-    assert caplog.text == ""
+@pytest.mark.parametrize(
+    "raised", [KeyError("the key"), SystemExit(3), RecursionError(), MemoryError()]
+)
+def test_a_scorer_that_raises_is_a_failure_with_its_traceback(raised):
+    def failing(response, answer):
+        raise raised
+
+    result = attempt(failing, "response", "answer")
+    assert math.isnan(result.accuracy)
+    assert result.failure is Failure.RAISED
+    assert "in failing" in result.detail
+    assert type(raised).__name__ in result.detail
+
+
+def test_a_result_that_cannot_be_shown_is_a_failure():
+    assert attempt(lambda *_: Spiteful(), "", "").failure is Failure.RAISED
+
+
+def test_a_scorer_may_say_that_the_key_is_bad():
+    def failing(response, answer):
+        raise BadKeyError(f"{answer} is no key")
+
+    result = attempt(failing, "response", "seven")
+    assert (result.failure, result.detail) == (Failure.BAD_KEY, "seven is no key")
+
+
+def test_a_long_detail_keeps_its_end():
+    def failing(response, answer):
+        raise BadKeyError("x" * 10_000 + "!")
+
+    detail = attempt(failing, "", "").detail
+    assert len(detail) == 4000
+    assert detail.endswith("x!")
 
 
 def test_an_interrupt_inside_a_scorer_is_not_swallowed():
@@ -66,11 +129,4 @@ def test_an_interrupt_inside_a_scorer_is_not_swallowed():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        score(interrupted, "", "")
-
-
-def test_the_reward_is_linear_and_exact_at_both_ends():
-    assert reward(1.0, 0.1, -0.3) == 0.1
-    assert reward(0.0, 0.1, -0.3) == -0.3
-    assert reward(0.25, 1.0, -1.0) == -0.5
-    assert math.isnan(reward(math.nan, 1.0, -1.0))
+        attempt(interrupted, "", "")

@@ -1,239 +1,320 @@
-import json
-import math
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
+from itertools import combinations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.oracle import random_tree
+from tests.oracle import SlowEstimators, random_tree, with_pruning
+from tests.tree.vectors import TREES, coarsened, expected_rows, make_tree, recut, vector
+from treepo_async.config.schema import ESTIMATORS, LEAVE_ONE_OUT, PATH_WEIGHTS
 from treepo_async.errors import ConfigError
-from treepo_async.tree.advantage import advantages, batch_advantages, has_spread, whiten
-from treepo_async.tree.cut import Run, VersionSpan, cut
-from treepo_async.types import (
-    ROOT,
-    PolicyVersion,
-    Prompt,
-    Provenance,
-    Sampling,
-    Segment,
-    StopReason,
-    Tree,
-)
+from treepo_async.tree.advantage import OF_SEGMENTS, OF_TRAJECTORIES, advantages, has_spread
+from treepo_async.tree.levels import num_levels
+from treepo_async.types import ROOT, StopReason
 
-VECTORS = json.loads((Path(__file__).parent / "advantage_vectors.json").read_text())
-GRID = 4
-
+WAYS = [
+    (estimator, leave_one_out)
+    for estimator in ESTIMATORS
+    for leave_one_out in (False, True)
+    if not leave_one_out or estimator in LEAVE_ONE_OUT
+]
+by_estimator = pytest.mark.parametrize("estimator", ESTIMATORS)
+by_way = pytest.mark.parametrize(("estimator", "leave_one_out"), WAYS)
 seeds = st.integers(0, 10_000)
 
 
-def make_tree(leaves):
-    """The tree whose leaves are described by the labels of their path, one label per grid level."""
-    index, segments = {(): ROOT}, []
-    for leaf in leaves:
-        for level, num_tokens in enumerate(leaf["segment_tokens"]):
-            node = tuple(leaf["path"][: level + 1])
-            if node in index:
-                continue
-            index[node] = len(segments)
-            segments.append(
-                Segment(
-                    parent=index[node[:-1]],
-                    level=level,
-                    token_ids=np.full(num_tokens, 7, np.int32),
-                    behavior_logprobs=np.full(num_tokens, -1.0, np.float32),
-                    policy_version=PolicyVersion(0, 0),
-                    stop=StopReason.EOS if len(node) == len(leaf["path"]) else None,
-                )
-            )
-    rewards_L = np.array([leaf["reward"] for leaf in leaves], np.float32)
-    tree = Tree(
-        prompt=Prompt("p", np.array([1], np.int32), "", ""),
-        segments=tuple(segments),
-        rewards_L=rewards_L,
-        accuracies_L=rewards_L,
-        sampling=Sampling(1.0, GRID, 8, len(leaves), 2),
-        provenance=Provenance("lease", "actor"),
+@pytest.fixture(autouse=True)
+def _no_division_goes_wrong():
+    with np.errstate(divide="raise", invalid="raise", over="raise"):
+        yield
+
+
+def any_tree(seed, *, num_segments=30, nan_share=0.2, pruned=True):
+    """Of any shape, with cuts, ends inside of levels, rewards that are 0, 1 or neither, and chances to go on."""
+    rng = np.random.default_rng(seed)
+    tree = random_tree(rng, num_segments=num_segments, nan_share=nan_share)
+    if seed % 2:
+        noise_L = rng.normal(size=len(tree.leaves)).astype(np.float32)
+        tree = replace(tree, rewards_L=tree.rewards_L + noise_L)
+    return with_pruning(tree, rng) if pruned else tree
+
+
+def with_rewards(tree, rewards_L):
+    return replace(tree, rewards_L=np.array(rewards_L, np.float32))
+
+
+def test_the_implementations_are_the_estimators_of_the_config():
+    assert [*OF_TRAJECTORIES, *OF_SEGMENTS] == list(ESTIMATORS)
+
+
+@pytest.mark.parametrize("name", TREES)
+@by_estimator
+def test_every_estimator_agrees_with_the_reference_vectors(estimator, name):
+    expected = expected_rows(TREES[name]["expected"][estimator])
+    np.testing.assert_allclose(advantages(vector(name), estimator), expected, atol=1e-6)
+
+
+@by_way
+@pytest.mark.parametrize("path_weights", PATH_WEIGHTS)
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=seeds,
+    nan_share=st.sampled_from([0.0, 0.3, 0.9]),
+    num_segments=st.integers(1, 40),
+    pruned=st.booleans(),
+)
+def test_every_estimator_agrees_with_its_definition_on_tokens(
+    estimator, leave_one_out, path_weights, seed, nan_share, num_segments, pruned
+):
+    tree = any_tree(seed, num_segments=num_segments, nan_share=nan_share, pruned=pruned)
+    options = {"leave_one_out": leave_one_out, "path_weights": path_weights}
+    found = advantages(tree, estimator, **options)
+    expected = SlowEstimators(tree, **options).advantages(estimator)
+    np.testing.assert_allclose(found, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize(("one", "other"), [*combinations(WAYS, 2)])
+def test_control_no_two_estimators_agree_on_random_trees(one, other):
+    trees = [any_tree(seed, nan_share=0.0) for seed in range(6)]
+
+    def values(way):
+        rows = [advantages(tree, way[0], leave_one_out=way[1]) for tree in trees]
+        return np.concatenate([row if row.ndim == 1 else row[:, 0] for row in rows])
+
+    assert not np.allclose(values(one), values(other), atol=1e-3, equal_nan=True)
+
+
+@by_way
+def test_control_weights_and_chances_to_go_on_change_every_estimator(estimator, leave_one_out):
+    tree = any_tree(1)
+    sure = replace(tree, segments=tuple(replace(s, inclusion=1.0) for s in tree.segments))
+    equal, unbiased, without = (
+        advantages(t, estimator, leave_one_out=leave_one_out, path_weights=weights)
+        for t, weights in ((tree, "equal"), (tree, "unbiased"), (sure, "equal"))
     )
-    tree.check()
-    return tree
+    assert not np.allclose(equal, unbiased, equal_nan=True)
+    assert not np.allclose(equal, without, equal_nan=True)
 
 
-def advantages_by_definition(tree):
-    """Eq. 3-5 from the tokens: leaves are in one group at level k if their first k grid levels are the same tokens."""
-    grid, tokens_L = tree.sampling.segment_tokens, []
-    for leaf in tree.leaves:
-        path = tree.path(leaf)
-        tokens_L.append([(i, t) for i in path for t in range(len(tree.segments[i]))])
-    scored = [leaf for leaf in range(len(tokens_L)) if not math.isnan(tree.rewards_L[leaf])]
-    result = []
-    for leaf, tokens in enumerate(tokens_L):
-        reward, terms = float(tree.rewards_L[leaf]), []
-        for level in range(math.ceil(len(tokens) / grid)):
-            shared = tokens[: level * grid]
-            group = [j for j in scored if tokens_L[j][: level * grid] == shared]
-            if len(group) >= 2:
-                terms.append(reward - sum(float(tree.rewards_L[j]) for j in group) / len(group))
-        lone = [leaf] == scored
-        result.append(reward if lone or not terms else sum(terms) / len(terms))
-    return np.array(result)
-
-
-def recut(tree, rng):
-    """The same tree after weights changed at random tokens of its segments."""
-    moved, starts, segments = {ROOT: ROOT}, {ROOT: 0}, []
-    for i, segment in enumerate(tree.segments):
-        spans, left = [], len(segment)
-        while left > 0:
-            spans.append(
-                VersionSpan(PolicyVersion(0, 9 + len(spans)), int(rng.integers(1, left + 1)))
-            )
-            left -= spans[-1].num_tokens
-        segments += cut(
-            Run(segment.token_ids, segment.behavior_logprobs, tuple(spans)),
-            parent=moved[segment.parent],
-            first_index=len(segments),
-            start=starts[segment.parent],
-            segment_tokens=tree.sampling.segment_tokens,
-            stop=segment.stop,
-        )
-        moved[i], starts[i] = len(segments) - 1, starts[segment.parent] + len(segment)
-    result = replace(tree, segments=tuple(segments))
-    result.check()
-    return result
-
-
-@pytest.mark.parametrize("name", VECTORS)
-def test_treepo_agrees_with_the_reference_vectors(name):
-    tree = make_tree(VECTORS[name]["leaves"])
-    np.testing.assert_allclose(advantages(tree), VECTORS[name]["treepo_average"], atol=1e-6)
-
-
-@pytest.mark.parametrize("name", VECTORS)
-def test_whitening_agrees_with_the_reference_vectors(name):
-    tree = make_tree(VECTORS[name]["leaves"])
-    (found,) = batch_advantages([tree], "treepo", whitened=True)
-    np.testing.assert_allclose(found, VECTORS[name]["treepo_average_whitened"], atol=2e-6)
-
-
-@settings(deadline=None, max_examples=150)
-@given(seed=seeds, nan_share=st.sampled_from([0.0, 0.3, 0.9]), num_segments=st.integers(1, 40))
-def test_treepo_agrees_with_its_definition_on_tokens(seed, nan_share, num_segments):
-    rng = np.random.default_rng(seed)
-    tree = random_tree(rng, nan_share=nan_share, num_segments=num_segments)
-    np.testing.assert_allclose(advantages(tree), advantages_by_definition(tree), atol=1e-12)
-
-
-@settings(deadline=None, max_examples=100)
+@by_way
+@pytest.mark.parametrize("path_weights", PATH_WEIGHTS)
+@settings(deadline=None, max_examples=30)
 @given(seed=seeds)
-def test_cutting_segments_anywhere_leaves_every_advantage_unchanged(seed):
-    rng = np.random.default_rng(seed)
-    tree = random_tree(rng, nan_share=0.1, num_segments=20)
-    finer = recut(tree, rng)
-    assert len(finer.leaves) == len(tree.leaves)
-    assert np.array_equal(advantages(finer), advantages(tree), equal_nan=True)
-    assert np.array_equal(finer.num_tokens_L, tree.num_tokens_L)
+def test_cutting_segments_anywhere_leaves_every_advantage_unchanged(
+    estimator, leave_one_out, path_weights, seed
+):
+    tree = any_tree(seed)
+    finer = recut(tree, np.random.default_rng(seed))
+    options = {"leave_one_out": leave_one_out, "path_weights": path_weights}
+    found, expected = (advantages(t, estimator, **options) for t in (finer, tree))
+    assert np.array_equal(found, expected, equal_nan=True)
 
 
-def test_counting_groups_by_segment_would_depend_on_cuts():
-    """Control for the test above: the trees it makes do tell levels from segments."""
-    tree = random_tree(np.random.default_rng(1), num_segments=20)
+def test_control_counting_by_segment_would_depend_on_cuts():
+    tree = any_tree(1, nan_share=0.0, pruned=False, num_segments=60)
     finer = recut(tree, np.random.default_rng(2))
 
-    def by_segment(tree):
+    def by_segment(tree, estimator):
         one_level_a_segment = replace(
             tree,
             segments=tuple(
                 replace(s, level=len(tree.path(i)) - 1) for i, s in enumerate(tree.segments)
             ),
         )
-        return advantages(one_level_a_segment)
+        values = advantages(one_level_a_segment, estimator)
+        return values if values.ndim == 1 else np.nansum(values, axis=1)
 
-    assert not np.allclose(by_segment(tree), by_segment(finer))
-
-
-def test_a_leaf_whose_scoring_failed_counts_in_no_group():
-    leaves = VECTORS["C2_binary_depth3_8leaves"]["leaves"]
-    tree = make_tree(leaves)
-    rewards_L = tree.rewards_L.copy()
-    rewards_L[2] = np.nan
-    found = advantages(replace(tree, rewards_L=rewards_L))
-    assert np.isnan(found[2])
-    assert np.allclose(np.delete(found, 2), advantages(make_tree(leaves[:2] + leaves[3:])))
+    moved = {
+        estimator
+        for estimator in ESTIMATORS
+        if not np.allclose(by_segment(tree, estimator), by_segment(finer, estimator))
+    }
+    # a cut makes a level without a fork, which these do not count or give 0
+    unmoved = {"grpo", "rloo", "tree_grpo", "treepo_dedup_levels", "treerpo", "spo"}
+    assert moved == set(ESTIMATORS) - unmoved
 
 
-def test_the_advantage_of_a_lone_scored_leaf_is_its_reward():
-    leaves = VECTORS["C1_binary_depth2"]["leaves"]
-    tree = replace(make_tree(leaves), rewards_L=np.array([np.nan, -0.5, np.nan, np.nan], "f4"))
-    assert np.array_equal(advantages(tree), [np.nan, -0.5, np.nan, np.nan], equal_nan=True)
+@by_estimator
+def test_control_dropping_levels_changes_every_estimator_that_knows_levels(estimator):
+    tree = any_tree(3, nan_share=0.0)
+    found, coarse = (advantages(t, estimator) for t in (tree, coarsened(tree)))
+    same = found.shape == coarse.shape and np.allclose(found, coarse, equal_nan=True)
+    assert same == (estimator in ("grpo", "rloo"))
 
 
-def test_equal_rewards_give_advantages_of_exactly_zero():
-    leaves = [{**leaf, "reward": 0.1} for leaf in VECTORS["C2_binary_depth3_8leaves"]["leaves"]]
-    assert np.abs(advantages(make_tree(leaves[:7]))).max() < 1e-15
+@by_estimator
+def test_control_dropping_a_leaf_changes_every_estimator(estimator):
+    tree = any_tree(3, nan_share=0.0, pruned=False)
+    fewer = with_rewards(tree, [np.nan, *tree.rewards_L[1:]])
+    assert not np.allclose(advantages(tree, estimator)[1:], advantages(fewer, estimator)[1:])
 
 
-def whitened_token_by_token(advantages_L, num_tokens_L):
-    """Textbook whitening of the batch with every trajectory's advantage written on each of its tokens."""
-    tokens = np.repeat(np.concatenate(advantages_L), np.concatenate(num_tokens_L))
-    tokens = tokens[~np.isnan(tokens)]
-    return [(a - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-8) for a in advantages_L]
-
-
-@settings(deadline=None, max_examples=50)
-@given(seed=seeds)
-def test_whitening_by_multiplicity_is_whitening_of_replicated_tokens(seed):
-    rng = np.random.default_rng(seed)
-    trees = [random_tree(rng, nan_share=0.2) for _ in range(2)]
-    raw, num_tokens_L = [advantages(t) for t in trees], [t.num_tokens_L for t in trees]
-    assume(np.concatenate(num_tokens_L)[np.isfinite(np.concatenate(raw))].sum() >= 2)
-    for found, expected in zip(
-        batch_advantages(trees, "treepo", whitened=True),
-        whitened_token_by_token(raw, num_tokens_L),
-        strict=True,
-    ):
-        np.testing.assert_allclose(found, expected, atol=1e-9)
-
-
-def test_whitening_a_batch_of_two_prompts_shares_mean_and_variance():
-    trees = [
-        make_tree(VECTORS[n]["leaves"])
-        for n in ("C3_ragged_early_stop", "C8_overlong_float_rewards")
+@by_way
+@pytest.mark.parametrize("path_weights", PATH_WEIGHTS)
+def test_weights_that_are_all_equal_change_no_bit(estimator, leave_one_out, path_weights):
+    """Full ternary trees: three children at every node, and the same chance to go on at every level."""
+    labels = [(a, a + b, a + b + c) for a in "xyz" for b in "xyz" for c in "xyz"]
+    rewards = np.random.default_rng(0).normal(size=len(labels))
+    leaves = [
+        {"path": path, "reward": reward, "segment_tokens": [4, 4, 4]}
+        for path, reward in zip(labels, rewards, strict=True)
     ]
-    together = batch_advantages(trees, "treepo", whitened=True)
-    tokens = np.repeat(np.concatenate(together), np.concatenate([t.num_tokens_L for t in trees]))
-    assert abs(tokens.mean()) < 1e-12
-    assert tokens.var(ddof=1) == pytest.approx(1, abs=1e-6)
-    alone = batch_advantages(trees[:1], "treepo", whitened=True)
-    assert not np.allclose(together[0], alone[0])
+    tree = make_tree(leaves)
+    chances = (0.7, 0.3, 1.0)
+    judged = replace(
+        tree, segments=tuple(replace(s, inclusion=chances[s.level]) for s in tree.segments)
+    )
+    found = advantages(judged, estimator, leave_one_out=leave_one_out, path_weights=path_weights)
+    plain = advantages(tree, estimator, leave_one_out=leave_one_out)
+    assert np.array_equal(found, plain, equal_nan=True)
 
 
-def test_whitening_with_unit_weights_would_differ():
-    tree = make_tree(VECTORS["C3_ragged_early_stop"]["leaves"])
-    raw = advantages(tree)
-    unit = whiten([raw], [np.ones(len(raw), np.int64)])[0]
-    assert not np.allclose(unit, whiten([raw], [tree.num_tokens_L])[0], atol=1e-2)
+@by_way
+def test_a_leaf_whose_scoring_failed_counts_in_no_group(estimator, leave_one_out):
+    leaves = TREES["C2_binary_depth3_8leaves"]["leaves"]
+    tree = make_tree(leaves)
+    failed = with_rewards(tree, [*tree.rewards_L[:2], np.nan, *tree.rewards_L[3:]])
+    found = advantages(failed, estimator, leave_one_out=leave_one_out)
+    without = advantages(make_tree(leaves[:2] + leaves[3:]), estimator, leave_one_out=leave_one_out)
+    assert np.isnan(found[2]).all()
+    assert np.allclose(np.delete(found, 2, axis=0), without)
 
 
-@pytest.mark.parametrize("value", [np.nan, 2.0])
-def test_whitening_fewer_than_two_tokens_changes_nothing(value):
-    found = whiten([np.array([value])], [np.array([1])])
-    assert np.array_equal(found[0], [value], equal_nan=True)
+@by_estimator
+def test_a_pruned_leaf_counts_in_no_group_but_is_a_child(estimator):
+    tree = vector("C3_ragged_early_stop")
+    first = replace(tree.segments[0], stop=StopReason.PRUNED)
+    tree = replace(tree, segments=(first, *tree.segments[1:]))
+    pruned = with_rewards(tree, [np.nan, *tree.rewards_L[1:]])
+    without = make_tree(TREES["C3_ragged_early_stop"]["leaves"][1:])
+    for path_weights in PATH_WEIGHTS:
+        found = advantages(pruned, estimator, path_weights=path_weights)
+        assert np.isnan(found[0]).all()
+        expected = advantages(without, estimator, path_weights=path_weights)
+        assert np.allclose(found[1:], expected, equal_nan=True)
 
 
-def test_without_whitening_a_batch_has_its_raw_advantages():
-    tree = make_tree(VECTORS["C3_ragged_early_stop"]["leaves"])
-    (found,) = batch_advantages([tree], "treepo", whitened=False)
-    assert np.array_equal(found, advantages(tree))
+@by_estimator
+def test_a_tree_without_a_scored_leaf_has_no_advantages(estimator):
+    tree = vector("C3_ragged_early_stop")
+    found = advantages(with_rewards(tree, [np.nan] * 4), estimator, path_weights="unbiased")
+    assert found.shape == ((4, 3) if estimator in OF_SEGMENTS else (4,))
+    assert np.isnan(found).all()
+
+
+@by_estimator
+@pytest.mark.parametrize("path_weights", PATH_WEIGHTS)
+def test_a_lone_scored_leaf_has_the_value_that_the_docstring_gives_it(estimator, path_weights):
+    tree = with_rewards(vector("C1_binary_depth2"), [np.nan, -0.5, np.nan, np.nan])
+    found = advantages(tree, estimator, path_weights=path_weights)
+    lone = {"grpo": -0.5 / (1 + 1e-6)} if estimator in LEAVE_ONE_OUT else {}
+    value = lone.get(estimator, -0.5 if estimator.startswith("treepo") else 0.0)
+    assert (found[1] == value).all()
+    assert np.isnan(np.delete(found, 1, axis=0)).all()
+
+
+@pytest.mark.parametrize("estimator", LEAVE_ONE_OUT)
+def test_leaving_a_lone_leaf_out_changes_nothing(estimator):
+    tree = vector("C9_single_trajectory")
+    assert advantages(tree, estimator, leave_one_out=True) == advantages(tree, estimator)
+
+
+@by_estimator
+def test_a_single_chain_has_the_values_of_a_lone_leaf_on_every_level(estimator):
+    leaf = {"path": ["a", "b", "c"], "reward": 1.0, "segment_tokens": [4, 4, 1]}
+    found = advantages(make_tree([leaf]), estimator)
+    short = advantages(make_tree([{**leaf, "path": ["a"], "segment_tokens": [2]}]), estimator)
+    assert found.shape == ((1, 3) if estimator in OF_SEGMENTS else (1,))
+    assert (found == short.item()).all()
+
+
+@pytest.mark.parametrize("estimator", OF_SEGMENTS)
+def test_values_of_levels_end_with_the_leaf(estimator):
+    tree = any_tree(4)
+    found = advantages(tree, estimator)
+    assert found.shape == (len(tree.leaves), num_levels(tree))
+    for leaf, segment in enumerate(tree.leaves):
+        depth = tree.segments[segment].level + 1
+        known = 0 if np.isnan(tree.rewards_L[leaf]) else depth
+        assert np.isfinite(found[leaf]).tolist() == [k < known for k in range(num_levels(tree))]
+
+
+@pytest.mark.parametrize(("estimator", "value"), [("treerl", 0.2566), ("treerpo", 0), ("spo", 0)])
+def test_a_level_without_a_fork_has_the_value_that_the_docstring_gives_it(estimator, value):
+    found = advantages(vector("C7_chain_then_branch_after_fallback"), estimator)
+    assert found[0, 1] == pytest.approx(value, abs=1e-6)
+    assert found[0, 0] != pytest.approx(value, abs=1e-3)
+
+
+@by_way
+def test_equal_rewards_give_advantages_of_exactly_zero(estimator, leave_one_out):
+    leaves = [{**leaf, "reward": 0.1} for leaf in TREES["C2_binary_depth3_8leaves"]["leaves"]]
+    found = advantages(make_tree(leaves[:7]), estimator, leave_one_out=leave_one_out)
+    if estimator == "tree_grpo":
+        assert (found == 0).all(), "all of these leaves share their first level with others"
+    assert np.abs(found).max() < 1e-15
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_siblings_whose_values_differ_by_rounding_alone_are_equal(scale):
+    """The children of the prompt have the same leaves in another order, so their means are added up in another one."""
+    chances = np.random.default_rng(10).uniform(0.2, 1.0, 9)
+    order = [0, *range(1, 10), 0, *range(9, 0, -1)]
+    leaves = [
+        {"path": (side, str(i)), "reward": scale / i, "segment_tokens": [4, 4]}
+        for side, numbers in (("a", range(1, 10)), ("b", range(9, 0, -1)))
+        for i in numbers
+    ]
+    tree = make_tree(leaves)
+    segments = [
+        replace(s, inclusion=chances[i - 1] if i else 1.0)
+        for i, s in zip(order, tree.segments, strict=True)
+    ]
+    tree = replace(tree, segments=tuple(segments))
+    value = advantages(tree, "spo")[[0, 9], 0]
+    assert 0 < np.ptp(value) < 1e-12 * scale, "only rounding"
+    found = advantages(tree, "treerpo")
+    assert (found[:, 0] == 0).all()
+    assert (found[:, 1] != 0).all()
+
+
+@pytest.mark.parametrize("estimator", LEAVE_ONE_OUT)
+def test_leaving_one_out_stretches_a_flat_group(estimator):
+    tree = vector("C6_no_sharing_flat_group")
+    found = advantages(tree, estimator, leave_one_out=True)
+    assert np.allclose(found, advantages(tree, estimator) * 4 / 3)
+
+
+def test_a_trajectory_of_twice_the_weight_counts_twice():
+    """The weighted policy gradient of a tree is that of the tree in which the heavy leaf stands twice."""
+    leaves = TREES["C6_no_sharing_flat_group"]["leaves"]
+    tree = make_tree(leaves)
+    heavy = replace(tree.segments[0], inclusion=0.5)
+    found = advantages(replace(tree, segments=(heavy, *tree.segments[1:])), "treepo")
+    twice = advantages(make_tree([*leaves, {**leaves[0], "path": ["e"]}]), "treepo")
+    assert np.allclose(found * 5 / 4, [twice[0] + twice[4], *twice[1:4]])
 
 
 def test_an_unknown_estimator_is_refused_by_name():
-    tree = make_tree(VECTORS["C1_binary_depth2"]["leaves"])
-    with pytest.raises(ConfigError, match=r"learner\.estimator=gae is not one of treepo"):
-        advantages(tree, "gae")
+    with pytest.raises(ConfigError) as caught:
+        advantages(vector("C1_binary_depth2"), "gae")
+    assert str(caught.value) == f"learner.estimator=gae is not one of {', '.join(ESTIMATORS)}"
+
+
+def test_unknown_path_weights_are_refused_by_name():
+    with pytest.raises(ConfigError, match=r"learner\.path_weights=fair is not one of equal, unb"):
+        advantages(vector("C1_binary_depth2"), path_weights="fair")
+
+
+@pytest.mark.parametrize("estimator", set(ESTIMATORS) - set(LEAVE_ONE_OUT))
+def test_leave_one_out_is_refused_where_it_has_no_meaning(estimator):
+    with pytest.raises(
+        ConfigError, match=rf"learner\.leave_one_out.*learner\.estimator={estimator}"
+    ):
+        advantages(vector("C1_binary_depth2"), estimator, leave_one_out=True)
 
 
 @pytest.mark.parametrize(
@@ -247,20 +328,19 @@ def test_an_unknown_estimator_is_refused_by_name():
     ],
 )
 def test_spread_is_about_known_accuracies(accuracies_L, spread):
-    tree = make_tree(VECTORS["C1_binary_depth2"]["leaves"])
+    tree = vector("C1_binary_depth2")
     assert has_spread(replace(tree, accuracies_L=np.array(accuracies_L, "f4"))) is spread
 
 
 @pytest.mark.parametrize(("accuracy", "spread"), [(1.0, True), (0.0, True), (np.nan, False)])
 def test_a_lone_leaf_counts_as_spread_if_it_was_scored(accuracy, spread):
-    tree = make_tree(VECTORS["C9_single_trajectory"]["leaves"])
+    tree = vector("C9_single_trajectory")
     assert has_spread(replace(tree, accuracies_L=np.array([accuracy], "f4"))) is spread
 
 
-def test_random_trees_have_groups_at_every_level():
+def test_random_trees_have_groups_at_every_level_and_pruned_leaves():
     """Control: the property tests above are not about trees without forks."""
-    rng = np.random.default_rng(0)
-    trees = [random_tree(rng, num_segments=20) for _ in range(20)]
+    trees = [any_tree(seed) for seed in range(20)]
     forked_levels = {
         tree.segments[parent].level
         for tree in trees
@@ -268,3 +348,4 @@ def test_random_trees_have_groups_at_every_level():
         if parent != ROOT and count > 1
     }
     assert forked_levels >= {0, 1, 2}
+    assert {s.stop for tree in trees for s in tree.segments} >= {None, StopReason.PRUNED}

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tests.tree.scripted import RULES, ScriptedEngine, grow, tree_of
-from treepo_async.tree.growth import Growth
+from treepo_async.tree.growth import start_growth
 from treepo_async.types import ROOT, StopReason
 
 
@@ -13,12 +13,13 @@ def test_an_answered_path_is_forked_again_at_each_of_its_boundaries():
     rules = replace(RULES, width=2, first_fork_min=1, first_fork_max=1, branching_factor=1)
     found = Counter()
     for seed in range(200):
-        growth = Growth(rules, random.Random(seed))
+        growth = start_growth(rules, random.Random(seed))
         run, _ = ScriptedEngine(random.Random(0)).run(4)
+        (extension,) = growth.start()
         for level in range(4):
-            (extension,) = growth.plan()
-            growth.add(extension, run, StopReason.EOS if level == 3 else None)
-        (fallback,) = growth.plan()
+            stop = StopReason.EOS if level == 3 else None
+            (extension,) = growth.add(extension, run, stop)
+        fallback = extension
         assert fallback.start == 4 * (fallback.parent + 1)
         found[fallback.start] += 1
     assert set(found) == {0, 4, 8, 12}
@@ -34,7 +35,7 @@ def test_without_an_answer_to_come_back_to_the_prompt_is_started_again():
 
 def test_without_fallback_a_tree_that_ends_early_stays_small_and_says_so():
     engine = ScriptedEngine(random.Random(0), stop_rate=1.0)
-    growth, rounds = grow(replace(RULES, fallback=False), engine)
+    growth, rounds = grow(replace(RULES, fallback="none"), engine)
     assert len(rounds) == 1
     assert growth.notes() == ("14 leaves fewer than the width: fallback is off",)
     assert growth.num_fallbacks == 0
@@ -43,7 +44,7 @@ def test_without_fallback_a_tree_that_ends_early_stays_small_and_says_so():
 @pytest.mark.parametrize(("low", "high"), [(2, 2), (1, 3), (2, 8)])
 def test_the_first_fork_is_drawn_evenly_from_its_range(low, high):
     rules = replace(RULES, first_fork_min=low, first_fork_max=high)
-    drawn = Counter(Growth(rules, random.Random(s)).plan()[0].num_runs for s in range(700))
+    drawn = Counter(start_growth(rules, random.Random(s)).start()[0].num_runs for s in range(700))
     assert set(drawn) == set(range(low, high + 1))
     assert min(drawn.values()) > 0.6 * 700 / len(drawn)
 
@@ -61,12 +62,12 @@ def test_the_remainder_of_a_split_is_spread_over_all_survivors():
 
 
 def test_the_forks_of_a_path_that_ended_go_to_its_siblings():
-    growth = Growth(replace(RULES, first_fork_min=4, first_fork_max=4), random.Random(0))
-    (extension,) = growth.plan()
+    growth = start_growth(replace(RULES, first_fork_min=4, first_fork_max=4), random.Random(0))
+    (extension,) = growth.start()
     engine = ScriptedEngine(random.Random(0))
-    for stop in (StopReason.EOS, None, StopReason.EOS, None):
-        growth.add(extension, engine.run(4)[0], stop)
-    assert [(e.parent, e.num_runs) for e in growth.plan()] == [(1, 4), (3, 4)]
+    stops = (StopReason.EOS, None, StopReason.EOS, None)
+    *_, planned = [growth.add(extension, engine.run(4)[0], stop) for stop in stops]
+    assert [(e.parent, e.num_runs) for e in planned] == [(1, 4), (3, 4)]
 
 
 def test_another_seed_grows_another_tree():
@@ -75,7 +76,7 @@ def test_another_seed_grows_another_tree():
             s.parent
             for s in grow(replace(RULES, width=11), ScriptedEngine(random.Random(0)), seed)[
                 0
-            ].segments
+            ].tree.segments
         )
         for seed in range(20)
     }
@@ -147,9 +148,10 @@ def test_the_nearer_of_length_and_depth_limits_a_path(max_response_tokens, limit
 
 
 def test_an_answer_on_the_last_token_allowed_is_an_answer():
-    growth = Growth(replace(RULES, width=1, first_fork_min=1, first_fork_max=1), random.Random(0))
-    (extension,) = growth.plan()
+    growth = start_growth(
+        replace(RULES, width=1, first_fork_min=1, first_fork_max=1), random.Random(0)
+    )
+    (extension,) = growth.start()
     run, _ = ScriptedEngine(random.Random(0)).run(24)
-    growth.add(extension, run, StopReason.BOXED)
-    assert growth.segments[-1].stop is StopReason.BOXED
-    assert growth.plan() == []
+    assert growth.add(extension, run, StopReason.BOXED) == []
+    assert growth.tree.segments[-1].stop is StopReason.BOXED

@@ -5,8 +5,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tree.scripted import ANSWERED, ScriptedEngine, grow, tree_of
-from treepo_async.tree.growth import GrowthRules
+from treepo_async.tree.rules import GrowthRules
 from treepo_async.types import ROOT
+
+FALLBACKS = ("random", "low_confidence", "from_start", "none")
 
 
 @st.composite
@@ -21,7 +23,7 @@ def rules_strategy(draw):
         branching_factor=draw(st.integers(1, 4)),
         first_fork_min=draw(st.integers(1, first_fork_max)),
         first_fork_max=first_fork_max,
-        fallback=draw(st.booleans()),
+        fallback=draw(st.sampled_from(FALLBACKS)),
         max_response_tokens=draw(
             st.none() | st.integers(1, segment_tokens * max_depth + segment_tokens)
         ),
@@ -42,7 +44,7 @@ def grown(draw):
 examples = settings(deadline=None, max_examples=150)
 
 
-@examples
+@settings(deadline=None, max_examples=1000)
 @given(grown())
 def test_finished_and_active_paths_never_exceed_the_width(case):
     _, rounds, rules = case
@@ -51,14 +53,14 @@ def test_finished_and_active_paths_never_exceed_the_width(case):
         assert all(e.num_runs >= 1 for e in planned.extensions)
 
 
-@examples
+@settings(deadline=None, max_examples=1000)
 @given(grown())
 def test_a_tree_has_exactly_width_leaves_or_says_why_not(case):
     growth, _, rules = case
     tree = tree_of(growth)
     tree.check()
     missing = rules.width - len(tree.leaves)
-    if rules.fallback:
+    if rules.fallback != "none":
         assert missing == 0
     if missing:
         assert tree.provenance.notes == (f"{missing} leaves fewer than the width: fallback is off",)
@@ -84,9 +86,9 @@ def test_paths_are_extended_from_the_grid_with_their_recorded_context(case):
     growth, rounds, rules = case
     for extension in (e for planned in rounds for e in planned.extensions):
         assert extension.start % rules.segment_tokens == 0
-        path = growth.path(extension.parent)
-        assert extension.start == sum(len(growth.segments[i]) for i in path)
-    forked = Counter(s.parent for s in growth.segments)
+        path = growth.tree.path(extension.parent)
+        assert extension.start == sum(len(growth.tree.segments[i]) for i in path)
+    forked = Counter(s.parent for s in growth.tree.segments)
     tree, ends = tree_of(growth), {ROOT: 0}
     for i, segment in enumerate(tree.segments):
         ends[i] = ends[segment.parent] + len(segment)
@@ -128,18 +130,19 @@ def test_a_fallback_redoes_at_least_the_last_level_of_an_answered_path(case):
     for planned in rounds[1:]:
         if planned.survivors:
             continue
-        assert rules.fallback
+        assert rules.fallback != "none"
         num_fallbacks += planned.num_active
-        candidates = [i for i in planned.finished if growth.segments[i].stop in ANSWERED]
+        candidates = [i for i in planned.finished if growth.tree.segments[i].stop in ANSWERED]
         wanted = rules.branching_factor * max(1, len(candidates))
         assert planned.num_active == min(rules.width - len(planned.finished), wanted)
         for extension in planned.extensions:
             assert extension.num_runs <= rules.branching_factor
             if extension.parent == ROOT:
                 continue
-            level = growth.segments[extension.parent].level
+            level = growth.tree.segments[extension.parent].level
             assert any(
-                extension.parent in growth.path(leaf) and level < growth.segments[leaf].level
+                extension.parent in growth.tree.path(leaf)
+                and level < growth.tree.segments[leaf].level
                 for leaf in candidates
             )
         if not candidates:
@@ -152,7 +155,7 @@ def test_a_fallback_redoes_at_least_the_last_level_of_an_answered_path(case):
 def test_the_same_seed_grows_the_same_tree(rules, seed):
     def shape():
         growth, rounds = grow(rules, ScriptedEngine(random.Random(seed), stop_rate=0.1), seed)
-        segments = [(s.parent, s.level, s.token_ids.tolist(), s.stop) for s in growth.segments]
+        segments = [(s.parent, s.level, s.token_ids.tolist(), s.stop) for s in growth.tree.segments]
         return segments, [r.extensions for r in rounds]
 
     assert shape() == shape()

@@ -172,3 +172,19 @@ def test_opening_a_store_again_finds_what_is_there(store, config_file):
     again = WeightStore(store.folder, keep=1)
     assert again.versions() == [PolicyVersion(0, 5)]
     assert Manifest.read(again.path(PolicyVersion(0, 5))).version == "0.5"
+
+
+def test_the_newest_of_those_to_be_evaluated_are_kept_besides(tmp_path, config_file):
+    store = WeightStore(tmp_path / "weights", keep=2, keep_marked=2)
+    for step in range(1, 10):
+        publish(store, config_file, step, evaluate=step % 2 == 0)
+    assert steps(store) == [4, 6, 8, 9]
+
+
+def test_with_marked_only_no_other_version_comes_next(store, config_file):
+    publish(store, config_file, 1)
+    assert store.next_after(PolicyVersion(0, 0), marked_only=True) is None
+    publish(store, config_file, 2, evaluate=True)
+    publish(store, config_file, 3)
+    assert store.next_after(PolicyVersion(0, 0), marked_only=True) == PolicyVersion(0, 2)
+    assert store.next_after(PolicyVersion(0, 2), marked_only=True) is None

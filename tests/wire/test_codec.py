@@ -142,7 +142,15 @@ def test_bit_for_bit_sees_the_sign_of_a_zero():
 def test_a_field_added_to_the_nouns_must_be_carried():
     """Fails when a noun grows a field that the codec does not know."""
     carried = {name.removesuffix("_S").removesuffix("_T") for name in NAMES}
-    known = {"parent", "level", "token_ids", "behavior_logprobs", "stop", "mixed_context"}
+    known = {
+        "parent",
+        "level",
+        "token_ids",
+        "behavior_logprobs",
+        "stop",
+        "mixed_context",
+        "inclusion",
+    }
     assert known <= carried
     assert {field.name for field in fields(Segment)} == known | {"policy_version"}
     header = msgspec.msgpack.decode(encode_tree(tree_of(0))[1])
@@ -151,13 +159,13 @@ def test_a_field_added_to_the_nouns_must_be_carried():
 
 @given(seed=st.integers(0, 10**6), num_segments=st.integers(1, 60))
 @settings(max_examples=30)
-def test_a_sampled_token_costs_eight_bytes_and_a_segment_twenty_two(seed, num_segments):
+def test_a_sampled_token_costs_eight_bytes_and_a_segment_thirty(seed, num_segments):
     tree = tree_of(seed, num_segments=num_segments)
     frames = encode_tree(tree)
     total = sum(len(frame) for frame in frames)
     arrays = (
         8 * tree.num_tokens
-        + 22 * len(tree.segments)
+        + 30 * len(tree.segments)
         + 8 * len(tree.leaves)
         + 4 * len(tree.prompt.token_ids)
     )
@@ -173,17 +181,23 @@ GOOD = encode_tree(tree_of(5, num_segments=14))
 DEEP = 100_000
 
 DAMAGED = {
-    "no frame": ([], "14 frames"),
-    "missing frame": (GOOD[:-1], "14 frames"),
-    "one frame more": ([*GOOD, b""], "14 frames"),
-    "wrong magic": ([b"TPO2", *GOOD[1:]], "TPO1"),
-    "empty magic": ([b"", *GOOD[1:]], "TPO1"),
+    "no frame": ([], "15 frames"),
+    "missing frame": (GOOD[:-1], "15 frames"),
+    "one frame more": ([*GOOD, b""], "15 frames"),
+    "wrong magic": ([b"TPO1", *GOOD[1:]], "TPO2"),
+    "empty magic": ([b"", *GOOD[1:]], "TPO2"),
     "prompt in half bytes": (edited(GOOD, "prompt_ids_P", lambda a: a.tobytes()[:-1]), "prompt_ids_P"),
     "odd bytes": (edited(GOOD, "token_ids_T", lambda a: a.tobytes() + b"x"), "token_ids_T"),
     "empty prompt": (edited(GOOD, "prompt_ids_P", lambda a: a[:0]), "prompt.token_ids"),
     "stop code too high": (edited(GOOD, "stop_S", first(len(StopReason) + 1)), "stop_S"),
     "stop code negative": (edited(GOOD, "stop_S", first(-1)), "stop_S"),
     "flag out of range": (edited(GOOD, "mixed_context_S", first(2)), "mixed_context_S"),
+    "inclusion of nothing": (edited(GOOD, "inclusion_S", first(0)), r"segments\[0\].inclusion"),
+    "inclusion above one": (edited(GOOD, "inclusion_S", first(2)), r"segments\[0\].inclusion"),
+    "inclusion that is no number": (
+        edited(GOOD, "inclusion_S", first(np.nan)),
+        r"segments\[0\].inclusion",
+    ),
     "negative step": (edited(GOOD, "step_S", first(-1)), "step_S"),
     "negative lineage": (edited(GOOD, "lineage_S", first(-1)), "lineage_S"),
     "parent of itself": (edited(GOOD, "parent_S", first(0)), r"segments\[0\].parent"),

@@ -1,7 +1,8 @@
 """Held-out accuracy of a pinned policy version: sampled, best of k, greedy; outside of leases and training.
 
 The engine host holds the version from the moment it opens the gate with `evaluate` until `Evaluated`. Waits: for
-such a gate (the host), for completions (the engine client has the deadline), `timeout_s` for one evaluation.
+such a gate (the host), for completions (the engine client has the deadline), for scores (see `scoring.pool`),
+`timeout_s` for one evaluation.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from treepo_async.engine.client import all_of
 from treepo_async.engine.gate import GateClient
 from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.metrics.events import emit
-from treepo_async.scoring.registry import Scorer, score
+from treepo_async.scoring.async_scorer import AsyncScorer
 from treepo_async.tree.cut import Run
 from treepo_async.tree.stopping import find_stop
 from treepo_async.types import PolicyVersion, Prompt
@@ -32,7 +33,7 @@ class Evaluator:
         problems: Sequence[Prompt],
         settings: ExpandSettings,
         *,
-        scorer: Scorer,
+        scorer: AsyncScorer,
         num_samples: int,
         timeout_s: float,
     ) -> None:
@@ -43,7 +44,7 @@ class Evaluator:
             gate: brings the versions.
             problems: the held-out set.
             settings: of the trees; responses have their temperature, limit and stops.
-            scorer: response and answer to accuracy.
+            scorer: of the actor, shared with its trees.
             num_samples: responses sampled for each problem, beside the greedy one.
             timeout_s: of one evaluation.
         """
@@ -117,7 +118,6 @@ class Evaluator:
         stop = find_stop(stops, [], tokens, start=0, segment_tokens=segment_tokens)
         kept = len(tokens) if stop is None else stop[0]
         response = stops.decode(tokens[:kept])
-        # in a thread: a user's scorer may be slow, and the gate must be answered meanwhile
-        accuracy = await asyncio.to_thread(score, self._scorer, response, problem.answer)
+        (accuracy,) = await self._scorer.score([response], problem.answer)
         # a failed score counts as wrong here: an evaluation may not lose problems
         return 0.0 if math.isnan(accuracy) else accuracy

@@ -1,24 +1,32 @@
-"""One prompt to one tree: the rounds of `tree.growth` carried out on an engine.
+"""One prompt to one tree: what `tree.growth` asks for, carried out on an engine.
 
-Waits: at the end of each round for all its completions (the engine client has the deadline). Other prompts are
-never waited for.
+Waits: for the next completion of this tree (the engine client has the deadline). Other prompts are never waited for.
 """
 
 import asyncio
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from treepo_async.engine.client import Completion, SamplingSettings, all_of
+from treepo_async.engine.answer import Completion, Watch
+from treepo_async.engine.client import SamplingSettings
 from treepo_async.errors import EngineError
-from treepo_async.tree.growth import Extension, Growth, GrowthRules
+from treepo_async.tree.growing import Extension, GrowingTree
+from treepo_async.tree.growth import Growth, start_growth
+from treepo_async.tree.rules import GrowthRules, PruneRules
+from treepo_async.tree.split import temperature_at
 from treepo_async.tree.stopping import StopRules, find_stop
 from treepo_async.types import ROOT, Prompt, Provenance, Segment
 
 
 class Engine(Protocol):
     """What expansion needs of an engine."""
+
+    async def warm(
+        self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
+    ) -> None:
+        """See `EngineClient.warm`."""
 
     async def extend(
         self,
@@ -29,6 +37,7 @@ class Engine(Protocol):
         sampling: SamplingSettings,
         least_step: int = 0,
         is_cached: bool = True,
+        watch: Watch | None = None,
     ) -> list[Completion]:
         """See `EngineClient.extend`."""
 
@@ -40,6 +49,19 @@ class ExpandSettings:
     growth: GrowthRules
     stops: StopRules
     sampling: SamplingSettings
+    prune: PruneRules = field(default_factory=PruneRules)
+    stream_tokens: int = 0
+    """Requests for more tokens are watched while they run, and ended at their stop; 0: none is."""
+    split_temperature_end: float | None = None
+    """Of the split at the last step; None: as at the first."""
+    num_steps: int = 1
+
+    def growth_at(self, step: int) -> GrowthRules:
+        """The rules of a tree that is grown for a policy step."""
+        temperature = temperature_at(
+            self.growth.split_temperature, self.split_temperature_end, step / self.num_steps
+        )
+        return replace(self.growth, split_temperature=temperature)
 
 
 @dataclass
@@ -52,6 +74,113 @@ class _Cost:
     cached_tokens: int = 0
     prefix_tokens: int = 0
     overhead_s: list[float] = field(default_factory=list)
+
+    def add(self, completion: Completion, num_kept: int) -> None:
+        """Count a completion of which `num_kept` tokens go into the tree."""
+        self.num_requests += 1
+        self.decoded_tokens += len(completion.run)
+        self.wasted_tokens += len(completion.run) - num_kept
+        self.cached_tokens += completion.cached_tokens
+        self.prefix_tokens += completion.prefix_tokens
+        self.overhead_s.append(completion.overhead_s)
+
+
+@dataclass
+class Expansion:
+    """The expansion of one prompt."""
+
+    prompt: Prompt
+    engine: Engine
+    settings: ExpandSettings
+    growth: Growth
+    least_step: int
+    cost: _Cost = field(default_factory=_Cost)
+    _requests: dict[asyncio.Task[list[Completion]], Extension] = field(default_factory=dict)
+
+    async def run(self) -> None:
+        """Grow to the end. A failed request cancels the others and is raised."""
+        try:
+            extensions = self.growth.start()
+            if len(extensions) > 1:
+                await self.engine.warm(
+                    self._prefix(ROOT), sampling=self.settings.sampling, least_step=self.least_step
+                )
+            self._submit(extensions)
+            while self._requests:
+                await asyncio.wait(self._requests, return_when=asyncio.FIRST_COMPLETED)
+                # in the order of submission, which does not depend on the engine
+                for request in [r for r in self._requests if r.done()]:
+                    self._take(self._requests.pop(request), request.result())
+        finally:
+            for request in self._requests:
+                request.cancel()
+            await asyncio.gather(*self._requests, return_exceptions=True)
+
+    def _submit(self, extensions: Sequence[Extension]) -> None:
+        for extension in extensions:
+            request = self.engine.extend(
+                self._prefix(extension.parent),
+                num_runs=extension.num_runs,
+                max_new_tokens=extension.max_new_tokens,
+                sampling=self.settings.sampling,
+                least_step=self.least_step,
+                is_cached=extension.parent != ROOT or extension.num_runs == 1,
+                watch=self._watch(extension),
+            )
+            self._requests[asyncio.ensure_future(request)] = extension
+
+    def _take(self, extension: Extension, completions: Sequence[Completion]) -> None:
+        """Cut each completion at its stop, add it to the tree, and submit what follows."""
+        for completion in completions:
+            run = completion.run
+            if len(run) == 0:
+                raise EngineError("the engine returned no token")
+            stop = find_stop(
+                self.settings.stops,
+                _response(self.growth.tree, extension.parent),
+                run.token_ids.tolist(),
+                start=extension.start,
+                segment_tokens=self.settings.growth.segment_tokens,
+            )
+            kept, reason = (len(run), None) if stop is None else stop
+            if reason is None and len(run) < extension.max_new_tokens:
+                raise EngineError(
+                    f"the engine returned {len(run)} of {extension.max_new_tokens} tokens without a stop"
+                )
+            self.cost.add(completion, kept)
+            self._submit(
+                self.growth.add(extension, run.head(kept), reason, entropy=completion.entropy)
+            )
+
+    def _prefix(self, parent: int) -> list[int]:
+        return [*self.prompt.token_ids.tolist(), *_response(self.growth.tree, parent)]
+
+    def _watch(self, extension: Extension) -> Watch | None:
+        """Looks for a stop in what a long request has sampled, a segment at a time."""
+        segment_tokens = self.settings.growth.segment_tokens
+        if not 0 < self.settings.stream_tokens < extension.max_new_tokens:
+            return None
+        before = _response(self.growth.tree, extension.parent)
+        num_seen = 0
+
+        def is_over(token_ids: Sequence[int]) -> bool:
+            nonlocal num_seen
+            tokens = list(token_ids)
+            # from the segment on in which the last look ended: repetition is counted within one
+            begin = max(0, num_seen - (extension.start + num_seen) % segment_tokens)
+            num_seen = len(tokens)
+            return (
+                find_stop(
+                    self.settings.stops,
+                    [*before, *tokens[:begin]],
+                    tokens[begin:],
+                    start=extension.start + begin,
+                    segment_tokens=segment_tokens,
+                )
+                is not None
+            )
+
+        return Watch(segment_tokens, is_over)
 
 
 async def expand(
@@ -70,7 +199,7 @@ async def expand(
         prompt: the problem.
         engine: where runs come from.
         settings: how.
-        rng: decides forks and fallbacks.
+        rng: decides forks, fallbacks and prunes.
         lease_id: for the tree's provenance.
         actor: likewise.
         least_step: oldest policy step that may sample.
@@ -82,16 +211,12 @@ async def expand(
         EngineError, DeadlineError: from the engine; nothing of the tree is kept.
     """
     clock = asyncio.get_running_loop().time
-    begin, growth, cost = clock(), Growth(settings.growth, rng), _Cost()
-    while extensions := growth.plan():
-        rounds = await all_of(
-            _extend(prompt, growth, extension, engine, settings, least_step)
-            for extension in extensions
-        )
-        for extension, completions in zip(extensions, rounds, strict=True):
-            for completion in completions:
-                _record(growth, extension, completion, settings, cost)
-    return tuple(growth.segments), Provenance(
+    begin = clock()
+    growth = start_growth(settings.growth_at(least_step), rng, settings.prune)
+    expansion = Expansion(prompt, engine, settings, growth, least_step)
+    await expansion.run()
+    tree, cost = growth.tree, expansion.cost
+    return tuple(tree.segments), Provenance(
         lease_id=lease_id,
         actor=actor,
         decoded_tokens=cost.decoded_tokens,
@@ -100,62 +225,14 @@ async def expand(
         prefix_tokens=cost.prefix_tokens,
         num_requests=cost.num_requests,
         num_fallbacks=growth.num_fallbacks,
+        num_pruned=tree.num_cut_short(),
+        saved_tokens=tree.saved_tokens(),
         grow_s=clock() - begin,
         overhead_s=sum(cost.overhead_s),
         notes=growth.notes(),
     )
 
 
-async def _extend(
-    prompt: Prompt,
-    growth: Growth,
-    extension: Extension,
-    engine: Engine,
-    settings: ExpandSettings,
-    least_step: int,
-) -> list[Completion]:
-    return await engine.extend(
-        [*prompt.token_ids.tolist(), *_response(growth, extension.parent)],
-        num_runs=extension.num_runs,
-        max_new_tokens=extension.max_new_tokens,
-        sampling=settings.sampling,
-        least_step=least_step,
-        is_cached=extension.parent != ROOT,
-    )
-
-
-def _record(
-    growth: Growth,
-    extension: Extension,
-    completion: Completion,
-    settings: ExpandSettings,
-    cost: _Cost,
-) -> None:
-    """Cut a completion at its stop and add it to the tree."""
-    run = completion.run
-    if len(run) == 0:
-        raise EngineError("the engine returned no token")
-    stop = find_stop(
-        settings.stops,
-        _response(growth, extension.parent),
-        run.token_ids.tolist(),
-        start=extension.start,
-        segment_tokens=settings.growth.segment_tokens,
-    )
-    kept, reason = (len(run), None) if stop is None else stop
-    if reason is None and len(run) < extension.max_new_tokens:
-        raise EngineError(
-            f"the engine returned {len(run)} of {extension.max_new_tokens} tokens without a stop"
-        )
-    growth.add(extension, run.head(kept), reason)
-    cost.num_requests += 1
-    cost.decoded_tokens += len(run)
-    cost.wasted_tokens += len(run) - kept
-    cost.cached_tokens += completion.cached_tokens
-    cost.prefix_tokens += completion.prefix_tokens
-    cost.overhead_s.append(completion.overhead_s)
-
-
-def _response(growth: Growth, parent: int) -> list[int]:
+def _response(tree: GrowingTree, parent: int) -> list[int]:
     """Response tokens of the path that ends in `parent`."""
-    return [token for i in growth.path(parent) for token in growth.segments[i].token_ids.tolist()]
+    return [token for i in tree.path(parent) for token in tree.segments[i].token_ids.tolist()]

@@ -1,64 +1,101 @@
 """From grown segments to a scored tree: text is made here, for the scorer only."""
 
+import contextlib
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from treepo_async.scoring.registry import Scorer, reward, score
-from treepo_async.types import Prompt, Provenance, Sampling, Segment, Trajectory, Tree, leaves_of
+from treepo_async.config.schema import RewardConfig
+from treepo_async.scoring.async_scorer import AsyncScorer, open_scorer
+from treepo_async.scoring.failures import Failure
+from treepo_async.scoring.reward import RewardRules, rewards
+from treepo_async.types import (
+    Float32,
+    Prompt,
+    Provenance,
+    Sampling,
+    Segment,
+    StopReason,
+    Trajectory,
+    Tree,
+    leaves_of,
+)
 
 
-def score_tree(
-    prompt: Prompt,
-    segments: tuple[Segment, ...],
-    provenance: Provenance,
-    sampling: Sampling,
-    *,
-    scorer: Scorer,
-    decode: Callable[[Sequence[int]], str],
-    correct: float,
-    wrong: float,
-) -> Tree:
-    """Score every leaf; one whose scorer fails gets NaN.
+@dataclass(frozen=True)
+class Scoring:
+    """How leaves are scored."""
+
+    scorer: AsyncScorer
+    decode: Callable[[Sequence[int]], str]
+    """Tokens to text."""
+    rules: RewardRules
+
+    @property
+    def failures(self) -> Counter[Failure]:
+        """Reward errors by reason, so far."""
+        return self.scorer.failures.counts
+
+    async def score(
+        self,
+        prompt: Prompt,
+        segments: tuple[Segment, ...],
+        provenance: Provenance,
+        sampling: Sampling,
+    ) -> Tree:
+        """Score every leaf that was not pruned; one whose scorer fails gets NaN, as does a pruned one."""
+        unscored = Tree(prompt, segments, _none(segments), _none(segments), sampling, provenance)
+        leaves = _finished(unscored)
+        responses = [self.decode(Trajectory(unscored, leaf).token_ids.tolist()) for leaf in leaves]
+        accuracies_L = _none(segments)
+        accuracies_L[leaves] = await self.scorer.score(responses, prompt.answer)
+        rewards_L = rewards(accuracies_L, unscored.num_tokens_L, self.rules)
+        tree = replace(unscored, rewards_L=rewards_L, accuracies_L=accuracies_L)
+        tree.check()
+        return tree
+
+
+@contextlib.asynccontextmanager
+async def open_scoring(
+    reward: RewardConfig, *, decode: Callable[[Sequence[int]], str], max_response_tokens: int
+) -> AsyncIterator[Scoring]:
+    """The scoring of one actor, with its processes.
 
     Args:
-        prompt: the problem.
-        segments: in creation order.
-        provenance: of the tree.
-        sampling: of the tree.
-        scorer: response and answer to accuracy.
+        reward: the section.
         decode: tokens to text.
-        correct: reward of accuracy 1.
-        wrong: reward of accuracy 0.
+        max_response_tokens: the response limit.
+
+    Raises:
+        ConfigError: there is no such scorer, or it cannot be imported.
     """
-    unscored = Tree(prompt, segments, _none(segments), _none(segments), sampling, provenance)
-    accuracies = []
-    for leaf in range(len(unscored.leaves)):
-        response = decode(Trajectory(unscored, leaf).token_ids.tolist())
-        accuracies.append(score(scorer, response, prompt.answer))
-    rewards = [reward(accuracy, correct, wrong) for accuracy in accuracies]
-    tree = Tree(
-        prompt,
-        segments,
-        np.array(rewards, dtype=np.float32),
-        np.array(accuracies, dtype=np.float32),
-        sampling,
-        provenance,
-    )
-    tree.check()
-    return tree
+    async with open_scorer(
+        reward.scorer, workers=reward.workers, timeout_s=reward.timeout_s
+    ) as scorer:
+        yield Scoring(scorer, decode, RewardRules.of(reward, max_response_tokens))
 
 
 def shuffled(tree: Tree, rng: random.Random) -> Tree:
     """The tree with its scores permuted among its leaves: the control that has nothing to learn from.
 
-    A leaf gets the reward and the accuracy of one other leaf, or its own, a failed score's NaNs included.
+    A leaf gets the reward and the accuracy of one other leaf, or its own, a failed score's NaNs included. Pruned
+    leaves stay out of it.
     """
-    order = rng.sample(range(len(tree.leaves)), len(tree.leaves))
-    return replace(tree, rewards_L=tree.rewards_L[order], accuracies_L=tree.accuracies_L[order])
+    leaves = _finished(tree)
+    order = rng.sample(leaves, len(leaves))
+    rewards_L, accuracies_L = tree.rewards_L.copy(), tree.accuracies_L.copy()
+    rewards_L[leaves], accuracies_L[leaves] = tree.rewards_L[order], tree.accuracies_L[order]
+    return replace(tree, rewards_L=rewards_L, accuracies_L=accuracies_L)
 
 
-def _none(segments: tuple[Segment, ...]) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+def _finished(tree: Tree) -> list[int]:
+    """Leaves that were not pruned."""
+    stops = (tree.segments[segment].stop for segment in tree.leaves)
+    return [leaf for leaf, stop in enumerate(stops) if stop is not StopReason.PRUNED]
+
+
+def _none(segments: tuple[Segment, ...]) -> Float32:
     return np.full(len(leaves_of(segments)), np.nan, dtype=np.float32)

@@ -1,7 +1,7 @@
 """What the driver tells: events of the roles become console lines, step records and the run's event log.
 
 A step is told once the engine has told of the weights that it published, which may come before or after it; or,
-when those weights were passed over, with the next step.
+when those weights were passed over, with the next step. Without an engine it is told at once.
 """
 
 import time
@@ -137,7 +137,10 @@ class Narrator:
             case "step":
                 self.flush_step()
                 self._held_step = event
-                self._match_weights()
+                if FIRST_ENGINE in self.roles:
+                    self._match_weights()
+                else:
+                    self.flush_step()
             case "weights" if role == FIRST_ENGINE:
                 self._weights = event
                 self._match_weights()

@@ -46,7 +46,8 @@ def make_plan(
         resume_step: policy step of the checkpoint to go on from.
     """
     run_id = secrets.token_hex(4)
-    replay_port, *engine_ports = free_ports(1 + 2 * config.engines)
+    num_engines, num_actors = sizes(config)
+    replay_port, *engine_ports = free_ports(1 + 2 * max(1, num_engines))
     shared = Wiring(
         run_id=run_id,
         run_dir=str(run_dir.resolve()),
@@ -60,7 +61,7 @@ def make_plan(
     )
 
     def role(kind: str, index: int, cpu_threads: int = 1) -> RoleSpec:
-        name, engine = f"{kind}-{index}", index % config.engines
+        name, engine = f"{kind}-{index}", index % max(1, num_engines)
         gate_port, engine_port = engine_ports[2 * engine : 2 * engine + 2]
         wiring = replace(
             shared,
@@ -77,19 +78,24 @@ def make_plan(
         run_dir,
         model_dir,
         (
-            *(role("engine", i) for i in range(config.engines)),
+            *(role("engine", i) for i in range(num_engines)),
             role("learner", 0, config.learner.cpu_threads),
             role("replay", 0),
-            *(role("actor", i, config.actor.cpu_threads) for i in range(config.actors)),
+            *(role("actor", i, config.actor.cpu_threads) for i in range(num_actors)),
         ),
         resume_step,
     )
 
 
+def sizes(config: Config) -> tuple[int, int]:
+    """Number of engines and of actors: where the trees come from a file, one of each to evaluate, or none."""
+    if config.data.trees is None:
+        return config.engines, config.actors
+    return (1, 1) if config.eval.every else (0, 0)
+
+
 def describe(config: Config, plan: Plan, prompt: Prompt) -> str:
     """The plan as text, with one prompt as the engine will get it."""
-    tree, replay = config.tree, config.replay
-    trajectories = replay.prompts_per_batch * tree.width
     kinds: dict[str, int] = {}
     for role in plan.roles:
         kinds[role.module] = kinds.get(role.module, 0) + 1
@@ -97,18 +103,10 @@ def describe(config: Config, plan: Plan, prompt: Prompt) -> str:
     lines = [
         ("run", f"{plan.run_dir} (seed {config.seed}{resumed})"),
         ("model", f"{config.model.path} at {plan.model_dir}"),
-        ("data", f"{config.data.path}, scored by {config.reward.scorer}"),
+        ("data", _data(config)),
         ("prompt", f"{_short(prompt.text)!r} ({len(prompt.token_ids)} tokens), e.g. {prompt.id}"),
-        (
-            "tree",
-            f"{tree.width} leaves, segments of {tree.segment_tokens} x depth {tree.max_depth}, "
-            f"responses up to {response_limit(config)} tokens",
-        ),
-        (
-            "batch",
-            f"{replay.prompts_per_batch} trees x {tree.width} leaves = {trajectories} trajectories a step, "
-            f"{config.steps} steps, staleness at most {replay.max_staleness}",
-        ),
+        ("tree", _tree(config)),
+        ("batch", _batch(config)),
         (
             "learner",
             f"Megatron-Core {config.learner.layout}, lr {config.learner.lr:g}, {config.model.dtype}",
@@ -116,6 +114,35 @@ def describe(config: Config, plan: Plan, prompt: Prompt) -> str:
         ("roles", ", ".join(f"{n} {kind}" for kind, n in kinds.items())),
     ]
     return "\n".join(f"  {name:<8} {text}" for name, text in lines)
+
+
+def _data(config: Config) -> str:
+    if config.data.trees is None:
+        return f"{config.data.path}, scored by {config.reward.scorer}"
+    epochs = config.data.epochs or 1
+    return (
+        f"trees of {config.data.trees}, {epochs} pass{'es' if epochs > 1 else ''}, scored already"
+    )
+
+
+def _tree(config: Config) -> str:
+    if config.data.trees is not None:
+        return "as the file has them"
+    tree = config.tree
+    return (
+        f"{tree.width} leaves, segments of {tree.segment_tokens} x depth {tree.max_depth}, "
+        f"responses up to {response_limit(config)} tokens"
+    )
+
+
+def _batch(config: Config) -> str:
+    replay, width = config.replay, config.tree.width
+    if config.data.trees is not None:
+        return f"{replay.prompts_per_batch} trees a step, {config.steps} steps at most, offline"
+    return (
+        f"{replay.prompts_per_batch} trees x {width} leaves = {replay.prompts_per_batch * width} trajectories a "
+        f"step, {config.steps} steps, staleness at most {replay.max_staleness}"
+    )
 
 
 def _short(text: str) -> str:

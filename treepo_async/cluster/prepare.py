@@ -16,10 +16,12 @@ from treepo_async.data.source import PromptSource, open_source
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import ConfigError, DataError
 from treepo_async.learner.shape import ModelShape, check_split
-from treepo_async.scoring.registry import get_scorer
+from treepo_async.replay.feed import check_length
+from treepo_async.scoring.async_scorer import try_scorer
 from treepo_async.tiny.built_in import BUILT_INS
 from treepo_async.tiny.cache import prepare
-from treepo_async.types import Prompt
+from treepo_async.types import Prompt, Tree
+from treepo_async.wire.tree_file import TreeFile
 
 MAX_TRIED = 100
 """Training prompts that are tried before the data counts as unusable."""
@@ -59,14 +61,22 @@ def try_inputs(config: Config, model_dir: Path, model: Mapping[str, Any]) -> Pro
     """Open data, tokenizer and scorer as the roles will, and see whether the model fits the layout, before they start.
 
     Returns:
-        A prompt as the engine will get it.
+        A prompt as the engine will get it, or as it got it where the trees come from a file.
 
     Raises:
         ConfigError, DataError: naming the key, and what would do.
     """
     layout = Layout.parse(config.learner.layout)
     check_split(ModelShape.from_config(model), tp=layout.tp, pp=layout.pp)
-    get_scorer(config.reward.scorer)
+    if config.data.trees is None:
+        return _first_usable(_try_source(config, model_dir, model))
+    if config.eval.every:
+        _try_source(config, model_dir, model)
+    return _first_tree(config, config.data.trees, model).prompt
+
+
+def _try_source(config: Config, model_dir: Path, model: Mapping[str, Any]) -> PromptSource:
+    try_scorer(config.reward.scorer)
     source = open_source(
         config.data,
         tokenizer=TextTokenizer.load(model_dir),
@@ -77,7 +87,26 @@ def try_inputs(config: Config, model_dir: Path, model: Mapping[str, Any]) -> Pro
         raise DataError(
             f"data.path={config.data.path} has no held-out problem; give data.eval_path"
         )
-    return _first_usable(source)
+    return source
+
+
+def _first_tree(config: Config, path: str, model: Mapping[str, Any]) -> Tree:
+    """The first tree of the file that is trained on."""
+    trees = TreeFile(Path(path), vocab_size=model["vocab_size"])
+    number, batch = len(trees) * (config.data.epochs or 1), config.replay.prompts_per_batch
+    if number < batch:
+        raise DataError(
+            f"data.trees={path} has {len(trees)} trees, fewer than a batch of {batch}; lower "
+            "replay.prompts_per_batch, or raise data.epochs"
+        )
+    try:
+        tree = trees.tree(0)
+        check_length(tree, model["max_position_embeddings"])
+    except DataError as error:
+        raise DataError(
+            f"data.trees: {error}; give the trees of a model like {config.model.path}, or that model"
+        ) from error
+    return tree
 
 
 def _first_usable(source: PromptSource) -> Prompt:
@@ -121,16 +150,31 @@ def make_run_dir(run_dir: Path, config: Config, model: Mapping[str, Any]) -> Non
     temporary.replace(run_dir / CONFIG_FILE)
 
 
-def read_model_config(model_dir: Path) -> dict[str, Any]:
+def load_model_config(model_dir: Path) -> dict[str, Any]:
     """A model's `config.json`.
 
     Raises:
-        ConfigError: it is missing, or of an architecture that cannot be trained.
+        ConfigError: it is missing, or no JSON object.
     """
     file = model_dir / "config.json"
     if not file.is_file():
         raise ConfigError(f"model.path: {model_dir} has no config.json")
-    model: dict[str, Any] = json.loads(file.read_text())
+    try:
+        model = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"model.path: {file} is not JSON: {error}; copy it again") from error
+    if not isinstance(model, dict):
+        raise ConfigError(f"model.path: {file} holds no JSON object; copy it again")
+    return model
+
+
+def read_model_config(model_dir: Path) -> dict[str, Any]:
+    """The `config.json` of a model that shall be trained.
+
+    Raises:
+        ConfigError: as `load_model_config`, or it is of an architecture that cannot be trained.
+    """
+    model = load_model_config(model_dir)
     found = model.get("architectures")
     if not set(found or []) & set(ARCHITECTURES):
         raise ConfigError(

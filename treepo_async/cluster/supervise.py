@@ -103,9 +103,13 @@ class Supervisor:
     def _settle(self, done: dict[str, Any]) -> None:
         """Watch until nothing is to come: the last evaluation, and word of the last weights."""
         last_evaluation = self._last_evaluation(done["num_steps"])
-        deadline = time.monotonic() + self.rules.eval_timeout_s
+        deadline, evaluated = time.monotonic() + self.rules.eval_timeout_s, -1
         while self.narrator.evaluated_step < last_evaluation:
             self._look()
+            if self.narrator.evaluated_step > evaluated:
+                # without actors the learner may be several evaluations ahead
+                evaluated = self.narrator.evaluated_step
+                deadline = time.monotonic() + self.rules.eval_timeout_s
             if time.monotonic() > deadline:
                 self.narrator.line("ended without the evaluation of the last policy")
                 break

@@ -1,20 +1,22 @@
-"""From `key=value` words and YAML files to a checked `Config`, and back to `--help` and YAML.
+"""From `key=value` words and YAML files to a checked config, and back to `--help` and YAML.
 
-Later words win over earlier ones, words over YAML, YAML over the defaults in `schema`.
+Later words win over earlier ones, words over YAML, YAML over the defaults in `schema`. A run has a `Config`, a
+stand-alone actor a `GenerateConfig`.
 """
 
 import contextlib
 import difflib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, Self, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from treepo_async.config.schema import Config, knobs
+from treepo_async.config.schema import AnyConfig, Config, GenerateConfig, knobs
 from treepo_async.config.validate import validate
 from treepo_async.errors import ConfigError
 
@@ -23,12 +25,27 @@ SHORT_FORMS = {"learner": "learner.layout", "model": "model.path", "data": "data
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 
-_KEYS = tuple(key for key, _ in knobs(Config))
-_SECTIONS = {key.partition(".")[0] for key in _KEYS if "." in key}
+C = TypeVar("C", Config, GenerateConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """What can be set."""
+
+    names: tuple[str, ...]
+    sections: frozenset[str]
+
+    @classmethod
+    def of(cls, schema: type[Any]) -> Self:
+        names = tuple(key for key, _ in knobs(schema))
+        return cls(names, frozenset(key.partition(".")[0] for key in names if "." in key))
+
+
+_RUN_KEYS = _Keys.of(Config)
 
 
 def parse(words: Sequence[str]) -> Config:
-    """Read the command line's words into a validated config.
+    """Read the command line's words into the validated config of a run.
 
     Args:
         words: `key=value`, and `config=NAME` or `config=FILE` for a YAML file.
@@ -37,21 +54,35 @@ def parse(words: Sequence[str]) -> Config:
         ConfigError: a word that is no `key=value`, an unknown key, a value of the wrong type, a
             combination that cannot be run.
     """
-    merged = OmegaConf.structured(Config)
-    files, dotlist = _split(words)
+    return _parse(words, Config)
+
+
+def parse_generation(words: Sequence[str]) -> GenerateConfig:
+    """The same for a stand-alone actor; what a file says about training is passed over.
+
+    Raises:
+        ConfigError: as `parse`.
+    """
+    return _parse(words, GenerateConfig)
+
+
+def _parse(words: Sequence[str], schema: type[C]) -> C:
+    keys = _Keys.of(schema)
+    merged = OmegaConf.structured(schema)
+    files, dotlist = _split(words, keys)
     for file in files:
-        with _blaming(str(file)):
-            merged = _merge(merged, _load_yaml(file), source=str(file))
+        with _blaming(str(file), keys):
+            merged = _merge(merged, _without_foreign(_load_yaml(file), keys), str(file), keys)
     for word in dotlist:
-        with _blaming(word):
-            merged = _merge(merged, OmegaConf.from_dotlist([word]), source=word)
-    with _blaming("config"):
-        config = cast("Config", OmegaConf.to_object(merged))
+        with _blaming(word, keys):
+            merged = _merge(merged, OmegaConf.from_dotlist([word]), word, keys)
+    with _blaming("config", keys):
+        config = cast(C, OmegaConf.to_object(merged))
     validate(config)
     return config
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: AnyConfig) -> str:
     """The config as YAML that `config=FILE` reads back."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
@@ -66,20 +97,34 @@ def load(file: Path) -> Config:
 
 
 def describe() -> str:
-    """The `--help` text: every key, its default and what it means."""
-    lines = ["usage: python launch/run.py [config=NAME|FILE] [key=value ...] [--dry-run]", ""]
-    for key, knob in knobs(Config):
+    """The `--help` text of a run: every key, its default and what it means."""
+    usage = "python launch/run.py [config=NAME|FILE] [key=value ...] [--dry-run]"
+    exits = "0 done, 1 a role failed, 2 a bad key or value, 130 stopped by Ctrl-C"
+    return _describe(Config, usage, exits)
+
+
+def describe_generation() -> str:
+    """The `--help` text of a stand-alone actor."""
+    usage = "python launch/actor.py data=IN out=OUT [model=PATH] [config=NAME|FILE] [key=value ...]"
+    exits = "0 done, 1 the engine failed, 2 a bad key, value or file, 130 stopped by Ctrl-C"
+    return _describe(GenerateConfig, usage, exits)
+
+
+def _describe(schema: type[Any], usage: str, exits: str) -> str:
+    lines = [f"usage: {usage}", ""]
+    for key, knob in knobs(schema):
         lines.append(f"  {key + '=' + json.dumps(knob.default):<44} {knob.metadata['help']}")
-    lines += [
-        "",
-        "short forms: " + ", ".join(f"{k}=... is {v}=..." for k, v in SHORT_FORMS.items()),
-    ]
-    lines += ["exit codes: 0 done, 1 a role failed, 2 a bad key or value, 130 stopped by Ctrl-C"]
-    return "\n".join(lines)
+    short = [f"{k}=... is {v}=..." for k, v in _short_forms(_Keys.of(schema)).items()]
+    return "\n".join([*lines, "", f"short forms: {', '.join(short)}", f"exit codes: {exits}"])
 
 
-def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+def _short_forms(keys: _Keys) -> dict[str, str]:
+    return {short: key for short, key in SHORT_FORMS.items() if key in keys.names}
+
+
+def _split(words: Sequence[str], keys: _Keys) -> tuple[list[Path], list[str]]:
     files, dotlist = [], []
+    short_forms = _short_forms(keys)
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
@@ -87,7 +132,7 @@ def _split(words: Sequence[str]) -> tuple[list[Path], list[str]]:
         if key == "config":
             files.append(_find_yaml(value))
         else:
-            dotlist.append(f"{SHORT_FORMS.get(key, key)}={value}")
+            dotlist.append(f"{short_forms.get(key, key)}={value}")
     return files, dotlist
 
 
@@ -106,35 +151,45 @@ def _load_yaml(file: Path) -> DictConfig:
     return loaded
 
 
-def _merge(base: DictConfig, update: DictConfig, *, source: str) -> DictConfig:
+def _without_foreign(loaded: DictConfig, keys: _Keys) -> DictConfig:
+    """A file without what a run has and this has not."""
+    foreign = {key.partition(".")[0] for key in _RUN_KEYS.names if key not in keys.names}
+    own = {key.partition(".")[0] for key in keys.names}
+    kept = {key: value for key, value in loaded.items_ex(resolve=False) if key not in foreign - own}
+    return OmegaConf.create(kept)
+
+
+def _merge(base: DictConfig, update: DictConfig, source: str, keys: _Keys) -> DictConfig:
     for key, value in update.items():
         # OmegaConf's own message for a section set to a value does not name the key
-        if key in _SECTIONS and not isinstance(value, DictConfig):
-            raise ConfigError(f"{source}: {_explain(str(key), '')}")
+        if key in keys.sections and not isinstance(value, DictConfig):
+            raise ConfigError(f"{source}: {_explain(str(key), '', keys)}")
     return cast("DictConfig", OmegaConf.merge(base, update))
 
 
 @contextlib.contextmanager
-def _blaming(source: str) -> Iterator[None]:
+def _blaming(source: str, keys: _Keys) -> Iterator[None]:
     """Tell what the config libraries raise inside as a ConfigError of `source`."""
     try:
         yield
     except OmegaConfBaseException as error:
         reason = (error.msg or str(error)).splitlines()[0]
-        raise ConfigError(f"{source}: {_explain(error.full_key or '', reason)}") from error
+        raise ConfigError(f"{source}: {_explain(error.full_key or '', reason, keys)}") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source} is not YAML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{source} cannot be read: {error.strerror}") from error
 
 
-def _explain(key: str, reason: str) -> str:
-    if key in _KEYS:
+def _explain(key: str, reason: str, keys: _Keys) -> str:
+    if key in keys.names:
         return f"{key}: {reason}"
-    if key in _SECTIONS:
-        example = next(known for known in _KEYS if known.startswith(f"{key}."))
+    if key in keys.sections:
+        example = next(known for known in keys.names if known.startswith(f"{key}."))
         return f"{key} is a section, set one of its keys, e.g. {example}; see --help"
-    same_name = [known for known in _KEYS if known.rpartition(".")[2] == key]
-    close = same_name or difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.5)
+    if key in _RUN_KEYS.names or key in _RUN_KEYS.sections:
+        return f"{key} is a key of training (launch/run.py); here nothing is trained, leave it out"
+    same_name = [known for known in keys.names if known.rpartition(".")[2] == key]
+    close = same_name or difflib.get_close_matches(key, keys.names, n=1, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "see --help for the keys"
     return f"unknown key {key}; {hint}" if key else reason

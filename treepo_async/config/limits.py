@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from treepo_async.config.schema import Config
+from treepo_async.config.schema import AnyConfig
 from treepo_async.errors import ConfigError
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
@@ -13,13 +13,13 @@ SPARE_TOKENS = 2
 """SGLang returns two tokens fewer than asked for when prompt and response fill the context exactly."""
 
 
-def response_limit(config: Config) -> int:
+def response_limit(config: AnyConfig) -> int:
     """Most response tokens of a trajectory."""
     by_depth = config.tree.segment_tokens * config.tree.max_depth
     return min(by_depth, config.tree.max_response_tokens or by_depth)
 
 
-def context_length(config: Config, model: Mapping[str, Any]) -> int:
+def context_length(config: AnyConfig, model: Mapping[str, Any]) -> int:
     """Most tokens of prompt and response together.
 
     Args:
@@ -48,7 +48,7 @@ def context_length(config: Config, model: Mapping[str, Any]) -> int:
     return wanted
 
 
-def prompt_limit(config: Config, model: Mapping[str, Any]) -> int:
+def prompt_limit(config: AnyConfig, model: Mapping[str, Any]) -> int:
     """Most prompt tokens: what the context leaves beside a full response."""
     room = context_length(config, model) - response_limit(config) - SPARE_TOKENS
     return min(config.data.max_prompt_tokens, room)

@@ -35,6 +35,27 @@ TINY, TINY_PRECEDENCE = BUILT_IN = ("tiny", "tiny-precedence")
 """Built-in tasks; each name is also that of the model that was warm-started on the task."""
 
 
+ESTIMATORS = (
+    "treepo",
+    "treepo_size_weighted",
+    "treepo_subgroup_reject",
+    "treepo_size_weighted_subgroup_reject",
+    "treepo_no_root",
+    "treepo_dedup_levels",
+    "grpo",
+    "rloo",
+    "tree_grpo",
+    "treerl",
+    "treerpo",
+    "spo",
+)
+"""Advantage estimators; `tree.advantage` says what each is."""
+LEAVE_ONE_OUT = tuple(name for name in ESTIMATORS if name.startswith("treepo") or name == "grpo")
+"""Estimators that can leave a trajectory out of the means it is compared with."""
+PATH_WEIGHTS = ("equal", "unbiased")
+"""What a trajectory counts; `tree.path_weights` says what each is."""
+
+
 @dataclass
 class ModelConfig:
     """The model that is trained."""
@@ -67,7 +88,12 @@ class DataConfig:
     )
     max_prompt_tokens: int = knob(1024, "longer prompts are skipped and counted", at_least=1)
     epochs: int | None = knob(
-        None, "passes over the data; default: as many as the steps need", at_least=1
+        None,
+        "passes over the data; default: as many as the steps need, of data.trees one",
+        at_least=1,
+    )
+    trees: str | None = knob(
+        None, "train on the trees of this file, which launch/actor.py wrote, instead of growing any"
     )
 
 
@@ -89,10 +115,33 @@ class TreeConfig:
         at_least=1,
     )
     first_fork_max: int = knob(2, "see first_fork_min")
+    growth: str = knob(
+        "barrier",
+        "barrier: a tree's next round waits for all its paths; eager: a path forks as soon as its own "
+        "segment is there; independent: width whole responses that share the prompt alone",
+        choices=("barrier", "eager", "independent"),
+    )
+    split: str = knob(
+        "even",
+        "how forks are dealt to the surviving paths: even; by the mean log-prob of their last segment "
+        "(more to high or to low); by the entropy at the boundary",
+        choices=("even", "logprob_high", "logprob_low", "entropy"),
+    )
+    split_temperature: float = knob(
+        2.0, "of the softmax over these scores, at the first step", above=0
+    )
+    split_temperature_end: float | None = knob(
+        None, "at the last step, along half a cosine; default: the same", above=0
+    )
     fallback: str = knob(
         "random",
-        "random: refill from a segment boundary of an ended path; none: fewer leaves",
-        choices=("random", "none"),
+        "refill a tree whose paths have all ended from one that ended by EOS or box: random: at a random "
+        "boundary; low_confidence: before a segment, the more likely the lower its mean log-prob; "
+        "from_start: at the prompt; none: fewer leaves",
+        choices=("random", "low_confidence", "from_start", "none"),
+    )
+    max_tree_tokens: int | None = knob(
+        None, "no fork whose path could lift the tree above this many decoded tokens", at_least=1
     )
     stop_boxed: bool = knob(True, "a complete \\boxed{...} ends a path")
     repetition_window: int = knob(32, "a text window of this many characters ...", at_least=1)
@@ -106,15 +155,60 @@ class TreeConfig:
 
 
 @dataclass
+class PruneConfig:
+    """Which paths end early (besides those that repeat themselves, see tree.repetition_count).
+
+    A pruned path has no reward: it is in no group and in no loss.
+    """
+
+    min_logprob: float | None = knob(
+        None, "a path whose last segment has a lower mean log-prob is pruned; default: never"
+    )
+    value: str | None = knob(
+        None,
+        "a path whose value is lower than prune.min_value is pruned: agreement (share of its tree's paths "
+        "with the same partial answer), logprob (mean over the path), or package.module:function taking "
+        "(response so far, responses of all paths so far); default: never",
+    )
+    min_value: float = knob(0.0, "see prune.value")
+    first_level: int = knob(0, "paths are judged after this level and later ones", at_least=0)
+    probability: float = knob(
+        1.0,
+        "with which such a path is pruned; below 1 those that go on stand for the pruned ones in every "
+        "estimator, by the inverse of their probability to go on",
+        above=0,
+    )
+    stale: bool = knob(False, "prune paths too old for any batch, see replay.max_staleness")
+    refill: bool = knob(
+        True, "a pruned path's place is refilled by a fallback; false: the tree has fewer leaves"
+    )
+
+
+@dataclass
 class RewardConfig:
     """How a leaf is scored."""
 
     scorer: str = knob(
-        "exact", "exact, or package.module:function taking (response, answer), giving 0..1"
+        "exact",
+        "exact, math (math-verify), or package.module:function taking (response, answer), giving 0..1; "
+        "try one with launch/reward.py",
     )
-    timeout_s: float = knob(30.0, "scoring one tree; beyond it the prompt is tried again", above=0)
+    timeout_s: float = knob(
+        10.0, "scoring one response; beyond it the response is unscored", above=0
+    )
+    workers: int = knob(
+        1,
+        "processes of an actor that score, except for exact; one that hangs is killed",
+        at_least=1,
+    )
     correct: float = knob(1.0, "reward of accuracy 1")
     wrong: float = knob(-1.0, "reward of accuracy 0")
+    overlong_tokens: int = knob(
+        0,
+        "in the last so many tokens before the response limit the reward falls linearly ...",
+        at_least=0,
+    )
+    overlong_penalty: float = knob(1.0, "... by this much at the limit", at_least=0)
     shuffle: bool = knob(
         False,
         "control run: rewards and accuracies of a tree are permuted among its leaves, "
@@ -126,6 +220,10 @@ class RewardConfig:
 class EngineConfig:
     """The SGLang server."""
 
+    url: str | None = knob(
+        None,
+        "a running SGLang server, http://host:port, to use instead of starting one (launch/actor.py)",
+    )
     max_total_tokens: int | None = knob(
         32768, "tokens of KV cache; null: SGLang sizes it from free memory", at_least=1
     )
@@ -137,6 +235,12 @@ class EngineConfig:
     )
     start_timeout_s: float = knob(200.0, "from process start to healthy", above=0)
     request_timeout_s: float = knob(120.0, "one generate request", above=0)
+    stream_tokens: int = knob(
+        256,
+        "requests for more tokens are watched segment by segment and ended at their stop (box, repetition); "
+        "0: none is, what is behind a stop is cut all the same",
+        at_least=0,
+    )
     drain_timeout_s: float = knob(
         60.0,
         "running requests may take this long to end before new weights",
@@ -207,7 +311,19 @@ class LearnerConfig:
     weight_decay: float = knob(0.0, "AdamW; biases and norms are not decayed", at_least=0)
     clip_grad: float = knob(1.0, "gradient norm; 0: no clipping", at_least=0)
     estimator: str = knob(
-        "treepo", "advantage: treepo (mean over ancestor groups)", choices=("treepo",)
+        "treepo",
+        "advantage: of a trajectory, or (treerl, treerpo, spo) of each of its segments",
+        choices=ESTIMATORS,
+    )
+    leave_one_out: bool = knob(
+        False,
+        "compare a trajectory with the others of its groups, without itself (treepo family, grpo)",
+    )
+    path_weights: str = knob(
+        "equal",
+        "equal: every trajectory counts the same; unbiased: by its probability under the tree's forks, so "
+        "that paths that ended early are not outnumbered",
+        choices=PATH_WEIGHTS,
     )
     whiten: bool = knob(True, "advantages to mean 0 and variance 1 over the tokens of the batch")
     clip_low: float = knob(
@@ -306,6 +422,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     tree: TreeConfig = field(default_factory=TreeConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     actor: ActorConfig = field(default_factory=ActorConfig)
@@ -315,3 +432,41 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+@dataclass
+class GenerateConfig:
+    """A stand-alone actor (`launch/actor.py`): every prompt's tree into a file, without learner and replay."""
+
+    out: str | None = knob(
+        None, "file of the trees, .jsonl or .parquet; one that holds this job is gone on with"
+    )
+    out_form: str = knob(
+        "trees",
+        "trees: one line (row) a prompt; trajectories: one line a leaf, without the tree's shape",
+        choices=("trees", "trajectories"),
+    )
+    limit: int | None = knob(
+        None, "first so many prompts; default: all (a built-in task has no end)", at_least=1
+    )
+    overwrite: bool = knob(False, "begin anew where out holds something already")
+    retry_failed: bool = knob(False, "try the prompts again that failed in an earlier start")
+    max_failed: int = knob(16, "prompts in a row that failed; then the job ends", at_least=1)
+    concurrent_trees: int = knob(8, "trees grown at once", at_least=1)
+    seed: int = knob(
+        0,
+        "tree forks and fallbacks, problems of a built-in task, warm start of a built-in model; "
+        "not SGLang's token sampling, which has no working seed on CPU",
+        at_least=0,
+    )
+    cache_dir: str = knob(".cache/treepo_async", "tiny model")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tree: TreeConfig = field(default_factory=TreeConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+
+
+AnyConfig = Config | GenerateConfig
+"""Both have the sections that say how trees are grown."""

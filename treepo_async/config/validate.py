@@ -1,27 +1,39 @@
 """The checks a config must pass before anything heavy is imported. All failures are told at once."""
 
 import math
+import re
 from collections.abc import Iterator
 from operator import attrgetter
 
 from treepo_async.config.layout import Layout
-from treepo_async.config.schema import BUILT_IN, Config, knobs
+from treepo_async.config.limits import response_limit
+from treepo_async.config.schema import (
+    BUILT_IN,
+    LEAVE_ONE_OUT,
+    AnyConfig,
+    Config,
+    GenerateConfig,
+    knobs,
+)
 from treepo_async.errors import ConfigError
 
+OUT_SUFFIXES = (".jsonl", ".parquet")
 
-def validate(config: Config) -> None:
+
+def validate(config: AnyConfig) -> None:
     """Check every value alone and against the others.
 
     Raises:
         ConfigError: one line for each thing that cannot be run, with the way out.
     """
-    failures = [*_check_values(config), *_check_combinations(config)]
+    own = _check_generation(config) if isinstance(config, GenerateConfig) else _check_run(config)
+    failures = [*_check_values(config), *_check_combinations(config), *own]
     if failures:
         raise ConfigError("\n".join(failures))
 
 
-def _check_values(config: Config) -> Iterator[str]:
-    for key, knob in knobs(Config):
+def _check_values(config: AnyConfig) -> Iterator[str]:
+    for key, knob in knobs(type(config)):
         value, bounds = attrgetter(key)(config), knob.metadata
         if value is None:
             continue
@@ -37,8 +49,8 @@ def _check_values(config: Config) -> Iterator[str]:
             yield f"{key}={value} must be above {bounds['above']}"
 
 
-def _check_combinations(config: Config) -> Iterator[str]:
-    tree, learner = config.tree, config.learner
+def _check_combinations(config: AnyConfig) -> Iterator[str]:
+    tree = config.tree
     if not tree.first_fork_min <= tree.first_fork_max <= tree.width:
         yield (
             f"tree.first_fork_min={tree.first_fork_min}, tree.first_fork_max={tree.first_fork_max} and "
@@ -46,17 +58,94 @@ def _check_combinations(config: Config) -> Iterator[str]:
         )
     if tree.repetition_count == 1:
         yield "tree.repetition_count=1 would end every segment; give 0 (never) or at least 2"
+    if config.reward.correct <= config.reward.wrong:
+        yield f"reward.correct={config.reward.correct} must be above reward.wrong={config.reward.wrong}"
+    if config.reward.overlong_tokens > response_limit(config):
+        yield (
+            f"reward.overlong_tokens={config.reward.overlong_tokens} is more than the {response_limit(config)} tokens "
+            "of a response"
+        )
+    if tree.split != "even" and tree.growth != "barrier":
+        yield (
+            f"tree.split={tree.split} deals out the forks of a round, and tree.growth={tree.growth} has no rounds; "
+            "give tree.growth=barrier or tree.split=even"
+        )
+    yield from _check_pruning(config)
+
+
+def _check_pruning(config: AnyConfig) -> Iterator[str]:
+    prune, tree = config.prune, config.tree
+    judges = [key for key in ("min_logprob", "value") if getattr(prune, key) is not None]
+    if judges and tree.growth == "independent":
+        yield (
+            f"prune.{judges[0]}={getattr(prune, judges[0])} judges paths at boundaries, which "
+            "tree.growth=independent has none of; give barrier or eager"
+        )
+    if prune.probability > 1:
+        yield f"prune.probability={prune.probability} must be at most 1"
+    if prune.min_logprob is not None and prune.min_logprob >= 0:
+        yield f"prune.min_logprob={prune.min_logprob} would prune every path; log-probs are below 0"
+    if prune.value == "logprob" and prune.min_value >= 0:
+        yield (
+            f"prune.min_value={prune.min_value} would prune every path by prune.value=logprob; "
+            "log-probs are below 0"
+        )
+    if prune.value == "agreement" and not 0 < prune.min_value <= 1:
+        yield (
+            f"prune.min_value={prune.min_value} must be a share above 0 and at most 1 for prune.value=agreement"
+        )
+
+
+def _check_run(config: Config) -> Iterator[str]:
+    learner = config.learner
     for name in ("clip_low", "beta1", "beta2"):
         if not 0 <= getattr(learner, name) < 1:
             yield f"learner.{name}={getattr(learner, name)} must be at least 0 and below 1"
-    if config.reward.correct <= config.reward.wrong:
-        yield f"reward.correct={config.reward.correct} must be above reward.wrong={config.reward.wrong}"
+    if learner.leave_one_out and learner.estimator not in LEAVE_ONE_OUT:
+        yield (
+            f"learner.leave_one_out=true does not go with learner.estimator={learner.estimator}; give false, or "
+            f"one of {', '.join(LEAVE_ONE_OUT)}"
+        )
+    if config.data.trees is None:
+        yield from _check_built_in(config)
+    elif config.eval.every and list(_check_built_in(config)):
+        yield (
+            f"data={config.data.path} is the built-in task of another model than model={config.model.path}; give "
+            "data=FILE to evaluate on, or eval.every=0"
+        )
+    if config.engine.url is not None:
+        yield (
+            f"engine.url={config.engine.url} is for launch/actor.py: a training run changes the weights of "
+            "its engines, and starts them itself"
+        )
+    yield from _check_deadlines(config)
+    yield from _check_layout(learner.layout)
+
+
+def _check_generation(config: GenerateConfig) -> Iterator[str]:
+    if config.out is None:
+        yield "out is not set; name the file of the trees, e.g. out=trees.jsonl"
+    elif not config.out.endswith(OUT_SUFFIXES):
+        yield f"out={config.out} must end in {' or '.join(OUT_SUFFIXES)}"
+    if config.data.path in BUILT_IN and config.limit is None:
+        yield f"data={config.data.path} has no end; give limit=N"
+    for name in ("trees", "eval_path", "epochs"):
+        if getattr(config.data, name) is not None:
+            yield f"data.{name} is for training; here every record of data is taken once, leave it out"
+    yield from _check_built_in(config)
+    yield from _check_url(config.engine.url)
+
+
+def _check_built_in(config: AnyConfig) -> Iterator[str]:
     data, model = config.data.path, config.model.path
     if data in BUILT_IN and model != data:
         own = model if model in BUILT_IN else "FILE"
         yield f"data={data} is the built-in task of model={data}; give model={model} its own data={own}"
-    yield from _check_deadlines(config)
-    yield from _check_layout(learner.layout)
+
+
+def _check_url(url: str | None) -> Iterator[str]:
+    if url is not None and not re.fullmatch(r"https?://[^/\s]+", url):
+        yield f"engine.url={url} is no http://host:port of a running SGLang server"
 
 
 def _check_deadlines(config: Config) -> Iterator[str]:

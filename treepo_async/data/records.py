@@ -32,6 +32,15 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Unusable:
+    """A record that holds no problem."""
+
+    number: int
+    reason: str
+    """With the way out."""
+
+
+@dataclass(frozen=True, slots=True)
 class Records:
     """What could be read of a source."""
 
@@ -61,21 +70,46 @@ def read_records(data: str, prompt_field: str | None, answer_field: str | None) 
         ConfigError: the source does not exist or has a form that is not read.
         DataError: no record is usable.
     """
-    name, rows = _open(data)
+    name, found = each_record(data, prompt_field, answer_field)
     records: list[Record] = []
     skipped: list[str] = []
     num_skipped = 0
-    for number, row in rows:
-        try:
-            records.append(_record(number, row, prompt_field, answer_field))
-        except DataError as error:
-            num_skipped += 1
-            if len(skipped) < MAX_MESSAGES:
-                skipped.append(f"{data} record {number}: {error}")
+    for record in found:
+        if isinstance(record, Record):
+            records.append(record)
+            continue
+        num_skipped += 1
+        if len(skipped) < MAX_MESSAGES:
+            skipped.append(f"{data} record {record.number}: {record.reason}")
     if not records:
         reason = skipped[0] if skipped else f"{data} is empty; give a source with records"
         raise DataError(f"no usable record ({num_skipped} skipped): {reason}")
     return Records(name, tuple(records), num_skipped, skipped)
+
+
+def each_record(
+    data: str, prompt_field: str | None, answer_field: str | None
+) -> tuple[str, Iterator[Record | Unusable]]:
+    """The name of a source and all of its records in their order, read as they are asked for.
+
+    Args:
+        data: as for `read_records`.
+        prompt_field: likewise.
+        answer_field: likewise.
+
+    Raises:
+        ConfigError: the source does not exist or has a form that is not read.
+    """
+    name, rows = _open(data)
+
+    def records() -> Iterator[Record | Unusable]:
+        for number, row in rows:
+            try:
+                yield _record(number, row, prompt_field, answer_field)
+            except DataError as error:
+                yield Unusable(number, str(error))
+
+    return name, records()
 
 
 def final_gsm8k_answer(answer: str) -> str:

@@ -2,10 +2,12 @@
 
 Replay asks for prompt after prompt and stores only the next index, which is the whole resumable cursor. The
 invariant: `prompt(index)` depends on nothing but the source, the seed and the index, and never gives a
-question that `heldout` gives.
+question that `heldout` gives. Whoever does not train takes every record once, as it stands: `FileOrder`.
 """
 
+import itertools
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -14,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treepo_async.config.schema import DataConfig
-from treepo_async.data.records import Record, Records, read_records
+from treepo_async.data.records import Record, Records, Unusable, each_record, read_records
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import DataError
 from treepo_async.tiny.built_in import BUILT_INS, BuiltIn
@@ -81,6 +83,81 @@ def open_source(
 
 
 @dataclass(frozen=True, slots=True)
+class Skipped:
+    """A record that gives no prompt."""
+
+    id: str
+    """What the id of its prompt would be."""
+    reason: str
+
+
+class FileOrder:
+    """Every record of a source once, in its order: not shuffled, nothing held out.
+
+    It can be gone through again and again, and reads as it goes. A built-in task gives its training problems in
+    order, without end.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        *,
+        tokenizer: TextTokenizer,
+        seed: int,
+        max_prompt_tokens: int,
+        vocab_size: int,
+    ) -> None:
+        """Prepare; nothing is read yet.
+
+        Args:
+            data: the section.
+            tokenizer: of the model that is fed.
+            seed: of the problems of a built-in task.
+            max_prompt_tokens: records with longer prompts are skipped.
+            vocab_size: of the model; records with other tokens are skipped.
+        """
+        self._data, self._seed, self._vocab_size = data, seed, vocab_size
+        self._text = _PromptText(tokenizer, data.instruction, max_prompt_tokens)
+
+    def __iter__(self) -> Iterator[Prompt | Skipped]:
+        """All records.
+
+        Raises:
+            ConfigError: the source does not exist or has a form that is not read.
+        """
+        data = self._data
+        if data.path in BUILT_INS:
+            return self._problems(BUILT_INS[data.path])
+        name, records = each_record(data.path, data.prompt_field, data.answer_field)
+        return (self._prompt(name, record) for record in records)
+
+    def _problems(self, built_in: BuiltIn) -> Iterator[Prompt | Skipped]:
+        source = BuiltInSource(self._text, built_in, self._seed)
+        for index in itertools.count():
+            try:
+                yield self._checked(source.prompt(index))
+            except DataError as error:
+                yield Skipped(source.prompt_id(index), str(error))
+
+    def _prompt(self, name: str, record: Record | Unusable) -> Prompt | Skipped:
+        prompt_id = f"{name}-{record.number}"
+        if isinstance(record, Unusable):
+            return Skipped(prompt_id, record.reason)
+        try:
+            return self._checked(self._text.instructed(prompt_id, record))
+        except DataError as error:
+            return Skipped(prompt_id, str(error))
+
+    def _checked(self, prompt: Prompt) -> Prompt:
+        if (largest := int(prompt.token_ids.max(initial=-1))) >= self._vocab_size:
+            raise DataError(
+                f"{prompt.id} has the token id {largest}, the model's vocabulary has {self._vocab_size}; the "
+                "tokenizer is of another model"
+            )
+        return prompt
+
+
+@dataclass(frozen=True, slots=True)
 class _PromptText:
     """From question to prompt: instruction, chat template, tokens and their limit."""
 
@@ -115,17 +192,22 @@ class BuiltInSource:
     def prompt(self, index: int) -> Prompt:
         """The training problem at `index`; see `PromptSource.prompt`."""
         problem = self._task.problem(self._seed, index, heldout=False)
-        return self._prompt(f"train-{index}", problem)
+        return self._prompt(self.prompt_id(index), problem)
+
+    def prompt_id(self, index: int) -> str:
+        """What the prompt at `index` is called."""
+        return f"{self._name}-train-{index}"
 
     def heldout(self, n: int) -> tuple[Prompt, ...]:
         """The first `n` held-out problems."""
         problems = [self._task.problem(_HELDOUT_SEED, index, heldout=True) for index in range(n)]
         return tuple(
-            self._prompt(f"heldout-{index}", problem) for index, problem in enumerate(problems)
+            self._prompt(f"{self._name}-heldout-{index}", problem)
+            for index, problem in enumerate(problems)
         )
 
-    def _prompt(self, number: str, problem: Problem) -> Prompt:
-        return self._text.bare(f"{self._name}-{number}", problem.question + "\n", problem.answer)
+    def _prompt(self, prompt_id: str, problem: Problem) -> Prompt:
+        return self._text.bare(prompt_id, problem.question + "\n", problem.answer)
 
 
 class RecordSource:

@@ -9,12 +9,11 @@ from urllib.parse import urlparse
 import aiohttp
 
 from treepo_async.config.command_line import load
-from treepo_async.config.limits import context_length
 from treepo_async.config.schema import Config
 from treepo_async.config.wiring import Wiring
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.host import Host, HostRules
-from treepo_async.engine.server import Server, ServerOptions
+from treepo_async.engine.server import Server, ServerOptions, options_of
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.metrics.role import run_role
 from treepo_async.weights.store import WeightStore
@@ -45,13 +44,10 @@ async def main(wiring: Wiring) -> None:
 
 def _server_options(config: Config, wiring: Wiring) -> ServerOptions:
     model = json.loads((Path(wiring.model_dir) / "config.json").read_text())
-    return ServerOptions(
+    return options_of(
+        config,
+        model,
         port=urlparse(wiring.engine_url).port or 0,
-        dtype=config.model.dtype,
-        context_length=context_length(config, model),
-        max_total_tokens=config.engine.max_total_tokens,
-        max_running_requests=config.engine.max_running_requests,
-        prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
         log_file=Path(wiring.run_dir) / "logs" / f"sglang-{wiring.index}.log",
         updates_under_load=config.engine.update_mode != UpdateMode.DRAIN,
     )
@@ -67,6 +63,7 @@ def _host_rules(config: Config) -> HostRules:
         max_restarts=config.engine.max_restarts,
         max_staleness=config.replay.max_staleness,
         gap_alarm=config.metrics.gap_alarm,
+        grows_trees=config.data.trees is None,
     )
 
 

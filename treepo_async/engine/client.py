@@ -13,13 +13,14 @@ import json
 import uuid
 from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import aiohttp
-import numpy as np
 
-from treepo_async.engine.gate import GateClient
-from treepo_async.engine.update_mode import UpdateMode, version_spans
+from treepo_async.engine.answer import Completion, Watch, completion_of, read_stream
+from treepo_async.engine.gate import EngineGate
+from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.tree.cut import Run
 from treepo_async.types import PolicyVersion
@@ -35,22 +36,13 @@ prefilled n times in less than a round trip."""
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """What the engine returned for one request."""
-
-    run: Run
-    prefix_tokens: int
-    cached_tokens: int
-    overhead_s: float
-    """Time of the request outside of the server: HTTP, JSON and both event loops."""
-
-
-@dataclass(frozen=True, slots=True)
 class SamplingSettings:
     """How completions are sampled."""
 
     temperature: float
     stop_token_ids: tuple[int, ...]
+    num_top_logprobs: int = 0
+    """Most likely tokens that are reported at every place, for the entropy of the last one."""
 
 
 class EngineClient:
@@ -59,24 +51,24 @@ class EngineClient:
     def __init__(
         self,
         url: str,
-        gate: GateClient,
+        gate: EngineGate,
         session: aiohttp.ClientSession,
         *,
         namespace: str,
         vocab_size: int,
         request_timeout_s: float,
-        update_mode: UpdateMode = UpdateMode.DRAIN,
+        update_mode: UpdateMode | None = UpdateMode.DRAIN,
     ) -> None:
         """Prepare.
 
         Args:
             url: of the SGLang server.
-            gate: the host's gate; it must be entered.
+            gate: the host's, which must be entered, or a fixed one.
             session: HTTP connections.
             namespace: first part of the cache namespace, one a run.
             vocab_size: ids outside of it are refused, as one of them would kill the server.
             request_timeout_s: of one completion.
-            update_mode: of the host.
+            update_mode: of the host; None where weights never change.
         """
         self._url, self._gate, self._session = url, gate, session
         self._namespace, self._vocab_size = namespace, vocab_size
@@ -92,6 +84,7 @@ class EngineClient:
         sampling: SamplingSettings,
         least_step: int = 0,
         is_cached: bool = True,
+        watch: Watch | None = None,
     ) -> list[Completion]:
         """Continue a prefix `num_runs` times, each on its own.
 
@@ -102,21 +95,38 @@ class EngineClient:
             sampling: how.
             least_step: oldest policy step that may sample.
             is_cached: whether the prefix is expected in the engine's cache already.
+            watch: looks at each run while it is sampled, and may end it.
 
         Raises:
             EngineError: a token id outside the vocabulary, or no good answer in `MAX_ATTEMPTS`.
             DeadlineError: the gate stayed closed.
         """
+        if num_runs > 1 and not is_cached:
+            await self.warm(prefix, sampling=sampling, least_step=least_step)
+        self._check(prefix)
+        return await all_of(
+            self._complete(prefix, max_new_tokens, sampling, least_step, watch)
+            for _ in range(num_runs)
+        )
+
+    async def warm(
+        self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
+    ) -> None:
+        """Put a prefix that several runs will continue into the cache, if it is long enough to be worth a request.
+
+        Raises:
+            EngineError, DeadlineError: as `extend`.
+        """
+        self._check(prefix)
+        if len(prefix) >= WARM_TOKENS:
+            await self._complete(prefix, 0, sampling, least_step)
+
+    def _check(self, prefix: Sequence[int]) -> None:
         outside = [token for token in prefix if not 0 <= token < self._vocab_size]
         if outside:
             raise EngineError(
                 f"token id {outside[0]} is outside the vocabulary of {self._vocab_size}"
             )
-        if num_runs > 1 and not is_cached and len(prefix) >= WARM_TOKENS:
-            await self._complete(prefix, 0, sampling, least_step)
-        return await all_of(
-            self._complete(prefix, max_new_tokens, sampling, least_step) for _ in range(num_runs)
-        )
 
     async def _complete(
         self,
@@ -124,6 +134,7 @@ class EngineClient:
         max_new_tokens: int,
         sampling: SamplingSettings,
         least_step: int,
+        watch: Watch | None = None,
     ) -> Completion:
         """One completion; a lost connection or an abort is tried again, under the version of that time.
 
@@ -133,7 +144,8 @@ class EngineClient:
         for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 async with self._gate.passage(least_step) as version:
-                    completion = await self._request(prefix, max_new_tokens, sampling, version)
+                    body = _body(prefix, max_new_tokens, sampling, watch)
+                    completion = await self._request(body, version, watch)
                     await self._check_proven(completion.run, version)
                     return completion
             except DeadlineError:
@@ -154,39 +166,31 @@ class EngineClient:
             raise EngineError(f"sampled under {newest}, which its host gave up")
 
     async def _request(
-        self,
-        prefix: Sequence[int],
-        max_new_tokens: int,
-        sampling: SamplingSettings,
-        version: PolicyVersion,
+        self, body: dict[str, Any], version: PolicyVersion, watch: Watch | None
     ) -> Completion:
         request_id = uuid.uuid4().hex
-        body = {
-            "input_ids": list(prefix),
-            "rid": request_id,
-            "extra_key": f"{self._namespace}.{version}",
-            "return_logprob": True,
-            "logprob_start_len": -1,
-            "sampling_params": {
-                "max_new_tokens": max_new_tokens,
-                "temperature": sampling.temperature,
-                "stop_token_ids": list(sampling.stop_token_ids),
-            },
-        }
+        body |= {"rid": request_id, "extra_key": f"{self._namespace}.{version}"}
         clock = asyncio.get_running_loop().time
-        begin = clock()
+        begin, was_aborted = clock(), False
         try:
             async with self._session.post(
                 f"{self._url}/generate", json=body, timeout=self._timeout
             ) as answer:
-                raw = await answer.read()
+                if answer.status != 200:
+                    raw = await answer.read()
+                    raise EngineError(f"SGLang answered {answer.status}: {raw[:300]!r}")
+                if watch is None:
+                    said = json.loads(await answer.read())
+                else:
+                    abort = partial(self._abort, request_id)
+                    said, was_aborted = await read_stream(answer.content.iter_any(), watch, abort)
+            wall_s = clock() - begin
+            return completion_of(
+                said, version, self._update_mode, wall_s=wall_s, was_aborted=was_aborted
+            )
         except (asyncio.CancelledError, TimeoutError):
             await self._abort(request_id)
             raise
-        if answer.status != 200:
-            raise EngineError(f"SGLang answered {answer.status}: {raw[:300]!r}")
-        try:
-            return _completion(json.loads(raw), version, self._update_mode, wall_s=clock() - begin)
         except (LookupError, TypeError, ValueError) as error:
             raise EngineError(f"SGLang's answer cannot be used: {error!r}") from error
 
@@ -212,20 +216,24 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _completion(
-    answer: dict[str, Any], version: PolicyVersion, mode: UpdateMode, *, wall_s: float
-) -> Completion:
-    meta = answer["meta_info"]
-    if meta["finish_reason"]["type"] == "abort":
-        raise EngineError(f"SGLang aborted the request: {meta['finish_reason'].get('message')}")
-    spans = version_spans(meta.get("weight_versions", []), version, mode)
-    token_ids = np.array(answer["output_ids"], dtype=np.int32)
-    logprobs = np.array([row[0] for row in meta["output_token_logprobs"]], dtype=np.float32)
-    if not np.isfinite(logprobs).all():
-        raise EngineError("SGLang gave log-probs that are not finite")
-    return Completion(
-        run=Run(token_ids, logprobs, spans),
-        prefix_tokens=meta["prompt_tokens"],
-        cached_tokens=meta["cached_tokens"],
-        overhead_s=max(0.0, wall_s - meta["e2e_latency"]),
-    )
+def _body(
+    prefix: Sequence[int], max_new_tokens: int, sampling: SamplingSettings, watch: Watch | None
+) -> dict[str, Any]:
+    """A request as SGLang wants it, without its id and its cache namespace."""
+    params: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": sampling.temperature,
+        "stop_token_ids": list(sampling.stop_token_ids),
+    }
+    body: dict[str, Any] = {
+        "input_ids": list(prefix),
+        "return_logprob": True,
+        "logprob_start_len": -1,
+        "sampling_params": params,
+    }
+    if sampling.num_top_logprobs:
+        body["top_logprobs_num"] = sampling.num_top_logprobs
+    if watch is not None:
+        body["stream"] = True
+        params["stream_interval"] = watch.every_tokens
+    return body

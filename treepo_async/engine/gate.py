@@ -10,6 +10,8 @@ the one that takes its place, ends both; deadline `timeout_s`).
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
 
 from treepo_async.errors import DeadlineError, WireError
 from treepo_async.types import PolicyVersion
@@ -19,6 +21,19 @@ from treepo_async.wire.sockets import Requester
 BEAT_S = 1.0
 RESEND_S = 2.0
 """A `Join` that died with its host is sent to the next one after this time."""
+
+
+class EngineGate(Protocol):
+    """What requests to an engine ask of its gate; `fixed.FixedGate` is one without a host."""
+
+    def passage(self, least_step: int = 0) -> AbstractAsyncContextManager[PolicyVersion]:
+        """Hold a request in flight under the current version; see `GateClient.passage`."""
+
+    async def stands_by(self, version: PolicyVersion) -> bool:
+        """Whether the version is proven."""
+
+    def doubt(self) -> None:
+        """Let no request pass until the server is known to be there."""
 
 
 class GateClient:

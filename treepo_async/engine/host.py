@@ -67,6 +67,8 @@ class HostRules:
     max_staleness: int
     gap_alarm: float
     """Largest probe difference that passes without an alarm, in nats."""
+    grows_trees: bool = True
+    """False: only evaluations need this engine, so it passes over all other versions, and over refused ones."""
 
 
 @dataclass
@@ -143,7 +145,9 @@ class Host:
 
     def _next_version(self) -> PolicyVersion | None:
         if self.evaluates:
-            return self.store.next_after(self.applied, without=self.refused)
+            return self.store.next_after(
+                self.applied, without=self.refused, marked_only=not self.rules.grows_trees
+            )
         newer = set(self.store.versions()) - self.refused
         newest = max(newer, default=self.applied)
         return newest if newest > self.applied else None
@@ -151,8 +155,12 @@ class Host:
     def _refuse(self, version: PolicyVersion, error: WeightsError) -> None:
         """Pass over a publication, unless no tree could be grown for the learner without it."""
         self.refused.add(version)
+        if not (self.rules.grows_trees or self.store.path(version).exists()):
+            # the learner did not wait for its evaluation, and has removed it
+            return
         emit("alarm", alarm="publication refused", version=str(version), detail=str(error))
-        if self.applied.step < version.step - self.rules.max_staleness:
+        is_needed = self.applied.step < version.step - self.rules.max_staleness
+        if is_needed and self.rules.grows_trees:
             raise error
 
     async def _apply(self, version: PolicyVersion, manifest: Manifest) -> None:

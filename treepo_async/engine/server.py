@@ -15,6 +15,8 @@ from typing import Any
 
 import aiohttp
 
+from treepo_async.config.limits import context_length
+from treepo_async.config.schema import AnyConfig
 from treepo_async.cpu.environment import cuda_present, environment, server_command
 from treepo_async.errors import EngineError
 from treepo_async.process import start_child, stop_child
@@ -39,6 +41,36 @@ class ServerOptions:
     log_file: Path
     updates_under_load: bool = False
     """Whether weights change while requests run or wait; see `command`."""
+
+
+def options_of(
+    config: AnyConfig,
+    model: Mapping[str, Any],
+    *,
+    port: int,
+    log_file: Path,
+    updates_under_load: bool = False,
+) -> ServerOptions:
+    """What the config says of the server.
+
+    Args:
+        config: of a run, or of a stand-alone actor.
+        model: the model's `config.json`.
+        port: to listen on.
+        log_file: takes the server's output.
+        updates_under_load: see `command`.
+    """
+    engine = config.engine
+    return ServerOptions(
+        port=port,
+        dtype=config.model.dtype,
+        context_length=context_length(config, model),
+        max_total_tokens=engine.max_total_tokens,
+        max_running_requests=engine.max_running_requests,
+        prefill_chunk_tokens=engine.prefill_chunk_tokens,
+        log_file=log_file,
+        updates_under_load=updates_under_load,
+    )
 
 
 def command(

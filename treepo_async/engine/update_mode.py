@@ -25,7 +25,7 @@ class UpdateMode(StrEnum):
 
 
 def version_spans(
-    said: Sequence[Mapping[str, Any]], submitted: PolicyVersion, mode: UpdateMode
+    said: Sequence[Mapping[str, Any]], submitted: PolicyVersion, mode: UpdateMode | None
 ) -> tuple[VersionSpan, ...]:
     """The versions of an answer's tokens.
 
@@ -35,12 +35,14 @@ def version_spans(
     Args:
         said: SGLang's `weight_versions`: `version`, `start` and `end` of each span, in output tokens.
         submitted: version the request was submitted under.
-        mode: of the host.
+        mode: of the host; None where weights never change, and the server may call them as it likes.
 
     Raises:
         EngineError: the spans have gaps, go back, or name a version that the mode does not allow.
         ValueError: a version of another make, e.g. the server's "default".
     """
+    if mode is None:
+        return _one_span(said, submitted)
     spans: list[VersionSpan] = []
     end, newest = 0, submitted
     for entry in said:
@@ -54,3 +56,14 @@ def version_spans(
             mixed = mode is UpdateMode.IN_PLACE and version != submitted
             spans.append(VersionSpan(version, end - entry["start"], mixed))
     return tuple(spans)
+
+
+def _one_span(
+    said: Sequence[Mapping[str, Any]], submitted: PolicyVersion
+) -> tuple[VersionSpan, ...]:
+    """All tokens are of the version of submission, whatever the server calls it."""
+    names = {entry["version"] for entry in said}
+    if len(names) > 1:
+        raise EngineError(f"the weights changed from {' to '.join(sorted(names))} under a request")
+    num_tokens = max((entry["end"] for entry in said), default=0)
+    return (VersionSpan(submitted, num_tokens),) if num_tokens else ()

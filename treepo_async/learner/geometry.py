@@ -1,7 +1,7 @@
 """Where the segments of one tree lie when its tokens stand in depth-first pre-order.
 
-Axis letters: `S` segments in creation order, `L` leaves, `T` sampled tokens in packed order. Neighbour: `pack`. Pure
-numpy; indices count from the tree's first prompt token.
+Axis letters: `S` segments in creation order, `L` leaves, `D` grid levels, `T` sampled tokens in packed order. Neighbour:
+`pack`. Pure numpy; indices count from the tree's first prompt token.
 
 Invariant: in pre-order the subtree of a segment is one contiguous range that the segment's own tokens open. Hence
 `k` is on the path of `q` exactly when `k <= q < end[k]`, where `end[k]` closes the subtree of k's segment: an ancestor's
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from treepo_async.errors import TreeError
+from treepo_async.tree.levels import num_levels
 from treepo_async.types import ROOT, Tree
 
 Int64 = NDArray[np.int64]
@@ -38,14 +40,48 @@ def depth_first(parents: Sequence[int]) -> list[int]:
     return order
 
 
+def by_level(tree: Tree, advantages: Float64, tree_index: int) -> Float64:
+    """Advantages of one tree as [L, D], those of whole trajectories on all of their levels.
+
+    Args:
+        tree: that they are of.
+        advantages: [L] or [L, D]; what stands behind a leaf's own last level is not read.
+        tree_index: names the tree in errors.
+
+    Raises:
+        TreeError: they have another shape, or a leaf has some that are NaN and some that are not.
+    """
+    advantages = np.asarray(advantages, np.float64)
+    num_leaves, depth = len(tree.leaves), num_levels(tree)
+    if advantages.shape not in ((num_leaves,), (num_leaves, depth)):
+        raise TreeError(
+            f"advantages[{tree_index}] has shape {list(advantages.shape)}, the tree has {num_leaves} "
+            f"leaves and {depth} levels; it needs one value per leaf, or one per leaf and level"
+        )
+    if advantages.ndim == 1:
+        return np.broadcast_to(advantages[:, None], (num_leaves, depth))
+    level_L1 = np.array([[tree.segments[leaf].level] for leaf in tree.leaves])
+    torn_LD = np.isnan(advantages) != np.isnan(advantages[:, :1])
+    torn = np.argwhere(torn_LD & (np.arange(depth) <= level_L1))
+    if len(torn) > 0:
+        leaf, level = torn[0]
+        raise TreeError(
+            f"advantages[{tree_index}] is {advantages[leaf, level]} for leaf {leaf} at level {level} and "
+            f"{advantages[leaf, 0]} at level 0; a leaf counts at all of its levels or, with NaN, at none"
+        )
+    return advantages
+
+
 class Geometry:
     """Where the segments of one tree lie behind its prompt; per-segment arrays stand in creation order."""
 
     def __init__(self, tree: Tree) -> None:
         self.num_prompt = len(tree.prompt.token_ids)
-        self.parent_S = np.array([s.parent for s in tree.segments])
+        self._parents = [s.parent for s in tree.segments]
+        self.parent_S = np.array(self._parents)
+        self.level_S = np.array([s.level for s in tree.segments])
         self.length_S = np.array([len(s) for s in tree.segments])
-        self.order = np.array(depth_first(self.parent_S.tolist()))
+        self.order = np.array(depth_first(self._parents))
         ordered = self.length_S[self.order]
         self.start_S = np.empty_like(self.length_S)
         self.start_S[self.order] = self.num_prompt + np.cumsum(ordered) - ordered
@@ -80,19 +116,31 @@ class Geometry:
                 end_S[parent] = max(end_S[parent], end_S[i])
         return self.spread(end_S)
 
-    def leaf_sums(self, leaves: Sequence[int], advantages_L: Float64) -> Float64:
-        """Sums of max(A, 0), max(-A, 0) and 1 over the counted leaves below each sampled token, [T, 3]."""
-        sums_S = np.zeros((len(self.parent_S), 3))
-        counted = ~np.isnan(advantages_L)
-        sums_S[np.array(leaves)[counted]] = np.stack(
+    def leaf_sums(self, leaves: Sequence[int], advantages_LD: Float64) -> Float64:
+        """Sums of max(A, 0), max(-A, 0) and 1 over the counted leaves below each sampled token, [T, 3].
+
+        Args:
+            leaves: segment index of each leaf, [L].
+            advantages_LD: A, per leaf and grid level; a leaf counts unless its value at level 0 is NaN.
+        """
+        sums_S3 = np.zeros((len(self.parent_S), 3))
+        terms_LD3 = np.stack(
             [
-                np.maximum(advantages_L, 0.0),
-                np.maximum(-advantages_L, 0.0),
-                np.ones_like(advantages_L),
+                np.maximum(advantages_LD, 0.0),
+                np.maximum(-advantages_LD, 0.0),
+                np.ones_like(advantages_LD),
             ],
-            axis=1,
-        )[counted]
-        for i in reversed(range(len(sums_S))):
-            if self.parent_S[i] != ROOT:
-                sums_S[self.parent_S[i]] += sums_S[i]
-        return self.spread(sums_S)
+            axis=2,
+        )
+        for leaf in np.flatnonzero(~np.isnan(advantages_LD[:, 0])).tolist():
+            path = self._path(leaves[leaf])
+            sums_S3[path] += terms_LD3[leaf, self.level_S[path]]
+        return self.spread(sums_S3)
+
+    def _path(self, segment: int) -> list[int]:
+        """Segments from this one up to the prompt."""
+        path = []
+        while segment != ROOT:
+            path.append(segment)
+            segment = self._parents[segment]
+        return path

@@ -1,6 +1,6 @@
 """Trees to microbatches: every unique token once, in depth-first pre-order.
 
-Axis letters: `L` leaves, `T` packed tokens, `E` trained tokens. Neighbours: `geometry` places the segments of a tree,
+Axis letters: `L` leaves, `D` grid levels of a tree, `T` packed tokens, `E` trained tokens. Neighbours: `geometry` places the segments of a tree,
 `attention` reads `end`, `loss` reads the three floats per trained token, `step` walks the microbatches. Pure numpy.
 
 Invariant: `k` is on the path of `q` exactly when `k <= q < end[k]`; `geometry` says why.
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from treepo_async.errors import TreeError
-from treepo_async.learner.geometry import Geometry
+from treepo_async.learner.geometry import Geometry, by_level
 from treepo_async.types import Tree
 
 Int32 = NDArray[np.int32]
@@ -44,9 +44,9 @@ class PackedBatch:
     target: Int64
     """[E], packed index of each trained token; its label is `input_ids[target]`."""
     positive: Float32
-    """[E], sum of max(A, 0) over the counted leaves below."""
+    """[E], sum of max(A, 0) over the counted leaves below, A on the token's level."""
     negative: Float32
-    """[E], sum of max(-A, 0) over the counted leaves below."""
+    """[E], sum of max(-A, 0) over the counted leaves below, A on the token's level."""
     count: Float32
     """[E], number of counted leaves below."""
     behavior_logprobs: Float32
@@ -106,12 +106,13 @@ def pack(
     Args:
         trees: any number; a leaf whose advantage is NaN contributes nothing, and tokens below no other leaf
             are context that is not trained.
-        advantages: per tree `[L]`, one number per leaf.
+        advantages: per tree one number per leaf, `[L]`, or one per leaf and level, `[L, D]`; what stands behind
+            a leaf's own last level is not read.
         budget_tokens: most tokens of a microbatch; a single larger tree gets one of its own.
         align: every microbatch is padded to a multiple of this with roots that see only themselves.
 
     Raises:
-        TreeError: a tree has not as many advantages as leaves.
+        TreeError: the advantages of a tree have another shape, or a leaf has some that are NaN and some that are not.
     """
     groups = next_fit([num_packed_tokens(tree) for tree in trees], budget_tokens)
     return pack_groups(trees, advantages, groups, align)
@@ -132,11 +133,11 @@ def pack_groups(
         align: as for `pack`.
 
     Raises:
-        TreeError: a tree has not as many advantages as leaves.
+        TreeError: as for `pack`.
     """
     layouts = [
-        _lay_out(tree, advantages_L, i)
-        for i, (tree, advantages_L) in enumerate(zip(trees, advantages, strict=True))
+        _lay_out(tree, by_level(tree, values, i), i)
+        for i, (tree, values) in enumerate(zip(trees, advantages, strict=True))
     ]
     return [
         _pad(_concatenate([layouts[i] for i in group]), align) if group else empty_batch(align)
@@ -204,16 +205,11 @@ def edge_values(batch: PackedBatch, values: Sequence[Sequence[Float32]]) -> Floa
     return gathered
 
 
-def _lay_out(tree: Tree, advantages_L: Float64, tree_index: int) -> PackedBatch:
+def _lay_out(tree: Tree, advantages_LD: Float64, tree_index: int) -> PackedBatch:
     """One tree as a microbatch of its own, without padding."""
-    if len(advantages_L) != len(tree.leaves):
-        raise TreeError(
-            f"advantages[{tree_index}] has {len(advantages_L)} values, "
-            f"the tree has {len(tree.leaves)} leaves; it needs one per leaf"
-        )
     place, prompt_P = Geometry(tree), tree.prompt.token_ids
     ordered = [tree.segments[i] for i in place.order]
-    sums_T3 = place.leaf_sums(tree.leaves, np.asarray(advantages_L, np.float64))
+    sums_T3 = place.leaf_sums(tree.leaves, advantages_LD)
     kept = sums_T3[:, 2] > 0
     sums_E3 = sums_T3[kept].astype(np.float32)
 

@@ -31,6 +31,9 @@ from treepo_async.wire.sockets import BlockingRequester
 RESEND_S = 4.0
 """How often rank 0 asks replay again, and with it the longest time the other ranks hear nothing."""
 
+KEPT_TO_EVALUATE = 4
+"""Publications that wait for their evaluation: without actors nothing holds the learner back until it is done."""
+
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
 """Files of the initial model, tokenizer and all, that belong to the trained one too."""
 
@@ -86,7 +89,11 @@ def _lead(job: RankJob, team: Team) -> None:
             wait="replay to come up",
             on_resend=team.wait,
         )
-        weights = WeightStore(wiring.weights_dir, keep=job.config.replay.max_staleness + 3)
+        weights = WeightStore(
+            wiring.weights_dir,
+            keep=job.config.replay.max_staleness + 3,
+            keep_marked=0 if job.config.data.trees is None else KEPT_TO_EVALUATE,
+        )
         worker = _worker(job, team, replay, weights)
         emit("ready")
         num_steps = worker.run()
@@ -146,6 +153,8 @@ def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: Weight
         rules=WorkerRules(
             num_steps=config.steps,
             estimator=settings.estimator,
+            leave_one_out=settings.leave_one_out,
+            path_weights=settings.path_weights,
             whiten=settings.whiten,
             eval_every=config.eval.every,
             save_every=config.checkpoint.every,

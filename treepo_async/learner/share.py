@@ -8,6 +8,7 @@ microbatches, as the pipeline schedule demands; what is short is an empty microb
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -26,7 +27,7 @@ class Share:
 
     trees: tuple[Tree, ...]
     advantages: tuple[Float64, ...]
-    """Per tree [L]."""
+    """Per tree [L] or [L, D]."""
     microbatches: tuple[tuple[int, ...], ...]
     """Indices into `trees`; an empty microbatch trains nothing."""
 
@@ -36,7 +37,7 @@ class Share:
         header = json.dumps(
             {
                 "microbatches": self.microbatches,
-                "advantages": [len(values) for values in self.advantages],
+                "advantages": [values.shape for values in self.advantages],
                 "frames": [[len(frame) for frame in tree] for tree in frames],
             }
         ).encode()
@@ -52,7 +53,8 @@ class Share:
         cursor = _Cursor(data, begin)
         return cls(
             advantages=tuple(
-                np.frombuffer(cursor.take(8 * num_leaves)) for num_leaves in header["advantages"]
+                np.frombuffer(cursor.take(8 * math.prod(shape))).reshape(shape)
+                for shape in header["advantages"]
             ),
             trees=tuple(
                 decode_tree([cursor.take(size) for size in sizes]) for sizes in header["frames"]
@@ -74,7 +76,7 @@ def divide(
 
     Args:
         trees: the batch.
-        advantages: per tree `[L]`.
+        advantages: per tree `[L]` or `[L, D]`, leaves and grid levels.
         num_replicas: data-parallel size.
         budget_tokens: most tokens of a microbatch; a single larger tree gets one of its own.
 
@@ -82,7 +84,7 @@ def divide(
         One share per replica.
 
     Raises:
-        TreeError: there are not as many advantages as trees, or not as many as leaves in one of them.
+        TreeError: there are not as many advantages as trees.
     """
     if len(trees) != len(advantages):
         raise TreeError(f"{len(trees)} trees and {len(advantages)} rows of advantages")

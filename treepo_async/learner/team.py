@@ -44,7 +44,7 @@ class Team:
 
         Args:
             trees: the batch.
-            advantages: per tree `[L]`.
+            advantages: per tree `[L]`, or `[L, D]` with one for each grid level.
             version: the version the current weights were published as.
         """
         shares = divide(

@@ -78,6 +78,8 @@ class WorkerRules:
 
     num_steps: int
     estimator: str
+    leave_one_out: bool
+    path_weights: str
     whiten: bool
     eval_every: int
     save_every: int
@@ -180,7 +182,13 @@ class Worker:
     def _step(self, trees: list[Tree], replay_ledger: dict[str, int]) -> None:
         trained_from, step = self._version, self._version.step
         with self._ledger("train"):
-            advantages = batch_advantages(trees, self._rules.estimator, whitened=self._rules.whiten)
+            advantages = batch_advantages(
+                trees,
+                self._rules.estimator,
+                whitened=self._rules.whiten,
+                leave_one_out=self._rules.leave_one_out,
+                path_weights=self._rules.path_weights,
+            )
             result = self._team.train(trees, advantages, version=trained_from)
         self._check(result, step)
         self._version = PolicyVersion(trained_from.lineage, step + 1)

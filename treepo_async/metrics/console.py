@@ -14,7 +14,7 @@ def step_line(record: Record, num_steps: int) -> str:
             f"step {record['step']:>{width}}/{num_steps}",
             f"reward {_number(record['reward/mean'], '+.3f')}",
             f"acc {_number(record['accuracy/train'], '.2f')} (all {_number(record['accuracy/sampled'], '.2f')})",
-            f"stale {_number(record['staleness/mean'], '.2f')} max {record['staleness/max']}",
+            _staleness(record),
             f"tokens {record['tokens/decoded']}/{record['tokens/delivered']}"
             f" = {_number(record['tokens/decoded_per_delivered'], '.2f')}",
             f"idle learner {_number(record['idle/learner'], '.0%')} engine {_number(record['idle/engine'], '.0%')}",
@@ -39,6 +39,12 @@ def alarm_line(role: str, event: Record) -> str:
     details = {k: v for k, v in event.items() if k not in ("event", "alarm")}
     texts = (f"{key}={next(iter(str(value).splitlines()), '')}" for key, value in details.items())
     return "  ".join([f"ALARM {role}: {event['alarm']}", *texts])
+
+
+def _staleness(record: Record) -> str:
+    if record["staleness/max"] is None:
+        return "offline"
+    return f"stale {_number(record['staleness/mean'], '.2f')} max {record['staleness/max']}"
 
 
 def _number(value: float | None, form: str) -> str:

@@ -17,6 +17,7 @@ STEP_NAMES = {
     "staleness/mean": "staleness_mean",
     "staleness/max": "staleness_max",
     "tokens/unique": "num_unique_tokens",
+    "tokens/offline": "offline_share",
     "tokens/response_mean": "response_tokens_mean",
     "learner/lineage": "lineage",
     "learner/loss": "loss",
@@ -60,6 +61,11 @@ TREE_SUMS = (
     "num_requests",
     "overhead_s",
     "num_fallbacks",
+    "num_leaves",
+    "num_pruned",
+    "saved_tokens",
+    "weight_sum",
+    "weighted_tokens",
     "accuracy_sum",
     "num_scored",
 )
@@ -116,7 +122,11 @@ class Recorder:
             "cache/hit_share": _share(trees["cached_tokens"], trees["prefix_tokens"]),
             "engine/http_s": _share(trees["overhead_s"], trees["num_requests"]),
             "accuracy/sampled": _share(trees["accuracy_sum"], trees["num_scored"]),
+            "tokens/saved": trees["saved_tokens"],
+            "length/delivered": _share(trees["delivered_tokens"], trees["num_leaves"]),
+            "length/unbiased": _share(trees["weighted_tokens"], trees["weight_sum"]),
             "trees/fallback_runs": trees["num_fallbacks"],
+            "trees/pruned_paths": trees["num_pruned"],
             **{f"trees/{outcome}": count for outcome, count in self._outcomes.items()},
         }
 

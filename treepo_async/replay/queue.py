@@ -140,14 +140,21 @@ class Queue:
     # ---------------------------------------------------------------- trees
 
     def accept(
-        self, lease_id: str, attempt: int, *, oldest_step: int, has_spread: bool, is_scored: bool
+        self,
+        lease_id: str,
+        attempt: int,
+        *,
+        oldest_step: int | None,
+        has_spread: bool,
+        is_scored: bool,
     ) -> str:
         """Decide on a tree.
 
         Args:
             lease_id: of the prompt; any attempt may deliver, the first one counts.
             attempt: the one that delivers.
-            oldest_step: lowest policy step among its segments.
+            oldest_step: lowest policy step among its segments; None for a tree of no policy of the run, which
+                cannot be too old.
             has_spread: whether its leaves differ in accuracy.
             is_scored: whether any leaf has a reward.
 
@@ -167,7 +174,7 @@ class Queue:
                 )
         if entry is None or entry.state is State.ACCEPTED:
             return "duplicate"
-        if oldest_step < (least := self.least_step(lease_id)):
+        if oldest_step is not None and oldest_step < (least := self.least_step(lease_id)):
             self.give_up(lease_id, attempt, "stale")
             raise RefusedError(
                 "stale", f"policy step {oldest_step}, lease {lease_id} needs {least}", retry=False
@@ -185,6 +192,11 @@ class Queue:
     def skip(self, lease_id: str, reason: str) -> None:
         """End an entry whose prompt cannot be used."""
         self._end(self.order.live[lease_id], State.DROPPED, reason)
+
+    def lose(self, lease_id: str, reason: str) -> None:
+        """End an entry that should have had a tree."""
+        self.num_lost += 1
+        self.skip(lease_id, reason)
 
     def end_of_data(self, lease_id: str) -> None:
         """The entry has no prompt: there will be no new ones. The newest one counts as never leased."""

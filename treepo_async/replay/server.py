@@ -29,6 +29,7 @@ from treepo_async.metrics.events import emit
 from treepo_async.replay.askers import Asker, Askers
 from treepo_async.replay.batches import Batches
 from treepo_async.replay.entry import Entry, State
+from treepo_async.replay.feed import TreeFeed
 from treepo_async.replay.position_files import PositionFiles
 from treepo_async.replay.queue import Queue
 from treepo_async.replay.report import report_tree
@@ -81,6 +82,8 @@ class ReplayServer:
     vocab_size: int
     max_lost: int
     """Prompts lost in a row that end the run."""
+    feed: TreeFeed | None = None
+    """Trees of a file; actors then get no lease."""
     _askers: Askers = field(default_factory=Askers)
     _batches: Batches = field(init=False)
 
@@ -212,6 +215,7 @@ class ReplayServer:
 
     async def _serve_waiting(self) -> None:
         """Answer whoever can be answered: batches first, since one whose trees are lost gives leases to hand out."""
+        self._feed()
         for asker in self._askers.for_batches():
             answer, frames = self._try_batch(asker)
             if answer is not None:
@@ -219,6 +223,12 @@ class ReplayServer:
         if self._askers.for_leases():
             await self._hand_out()
             await self._send_away()
+
+    def _feed(self) -> None:
+        """Let the file answer the leases that there are."""
+        if self.feed is not None:
+            for lease_id, reason in self.feed.fill(time.monotonic()):
+                self._on_lost(lease_id, reason)
 
     def _try_batch(self, asker: Asker) -> tuple[Message | None, list[bytes]]:
         """What was asked for, or at the deadline what is missing; None before it."""
@@ -244,7 +254,7 @@ class ReplayServer:
 
     async def _send_away(self) -> None:
         """Tell those who got no lease why, once there will be none or they have waited long enough."""
-        is_finished = self.queue.is_finished()
+        is_finished = self.feed is not None or self.queue.is_finished()
         for asker in self._askers.for_leases():
             if is_finished:
                 answer = NoLease(reason="no prompt is left to grow", final=True)

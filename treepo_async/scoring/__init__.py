@@ -1,4 +1,5 @@
-"""From a response and an answer key to a reward: boxes, exact answers, scorers by name.
+"""From a response and an answer key to a reward: boxes, exact and mathematical answers, a user's own scorers.
 
-Pure functions over text; the one exception is a user's own scorer, whose faults `registry.score` contains.
+Pure functions over text, except for `pool` and what it consists of (`child`, `worker`, `messages`): the processes
+in which scorers run that may hang, crash or do as they like.
 """

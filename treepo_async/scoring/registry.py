@@ -1,76 +1,92 @@
 """Scorers by name: the built-in ones and a user's own `package.module:function`.
 
-A scorer maps a response and an answer key to an accuracy, 1 for right and 0 for wrong. `reward` turns the
-accuracy into the reward that is trained on. The invariant: whatever user code does, `score` returns a float,
-NaN where there is no finite accuracy.
+A scorer maps a response and an answer key to an accuracy, 1 for right and 0 for wrong. `attempt` calls it. The
+invariant: whatever it raises or returns, as long as it does so, `attempt` gives an `Attempt`. What a scorer does
+beyond that (hang, crash, exit) is contained by `pool`.
 """
 
 import importlib
-import logging
 import math
+import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import cast
+from typing import Any, cast
 
 from treepo_async.errors import ConfigError
-from treepo_async.scoring.exact import exact
+from treepo_async.scoring.failures import Attempt, BadKeyError, Failure, failed
 
 Scorer = Callable[[str, str], float]
 """From response and answer key to accuracy."""
 
-_BUILT_IN: dict[str, Scorer] = {"exact": exact}
+BUILT_IN = {
+    "exact": "treepo_async.scoring.exact:exact",
+    "math": "treepo_async.scoring.maths:maths",
+}
 
-_log = logging.getLogger(__name__)
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless it is a built-in name or has the form of a user's own; imports nothing."""
+    if name in BUILT_IN or ":" in name:
+        return
+    close = get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    raise ConfigError(
+        f"scorer {name!r} is unknown{hint} Known: {', '.join(sorted(BUILT_IN))}, "
+        "or your own as package.module:function"
+    )
 
 
 def get_scorer(name: str) -> Scorer:
-    """The scorer of that name.
+    """Import the scorer of that name.
 
     Args:
         name: a built-in name, or `package.module:function` for a user's own.
 
     Raises:
-        ConfigError: there is no such scorer, or the user's own cannot be imported.
+        ConfigError: there is no such scorer, or it cannot be imported.
     """
-    if name in _BUILT_IN:
-        return _BUILT_IN[name]
-    if ":" in name:
-        return _import_scorer(name)
-    close = get_close_matches(name, _BUILT_IN, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else "."
-    raise ConfigError(
-        f"scorer {name!r} is unknown{hint} Known: {', '.join(sorted(_BUILT_IN))}, "
-        "or your own as package.module:function"
-    )
-
-
-def score(scorer: Scorer, response: str, answer: str) -> float:
-    """The accuracy a scorer gives, or NaN where it fails; the failure is logged, never raised."""
-    try:
-        accuracy = float(scorer(response, answer))
-    except Exception:  # noqa: BLE001 - user code may raise anything, and one response must not end a run
-        _log.warning("scorer %r failed; the response counts as unscored", scorer, exc_info=True)
-        return math.nan
-    if not math.isfinite(accuracy):
-        _log.warning("scorer %r returned %s; the response counts as unscored", scorer, accuracy)
-        return math.nan
-    return accuracy
-
-
-def reward(accuracy: float, correct: float, wrong: float) -> float:
-    """Linear from `wrong` at accuracy 0 to `correct` at accuracy 1; NaN stays NaN."""
-    return accuracy * correct + (1 - accuracy) * wrong
-
-
-def _import_scorer(name: str) -> Scorer:
-    module_name, _, function_name = name.partition(":")
+    check_name(name)
+    module_name, _, function_name = BUILT_IN.get(name, name).partition(":")
     try:
         scorer = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        way_out = (
+            "bash launch/setup.sh installs what it needs"
+            if name in BUILT_IN
+            else "it must be package.module:function, with the module on the Python path"
+        )
         raise ConfigError(
-            f"scorer {name!r} cannot be imported ({error}); it must be package.module:function, "
-            "with the module on the Python path"
+            f"scorer {name!r} cannot be imported ({type(error).__name__}: {error}); {way_out}"
         ) from error
     if not callable(scorer):
         raise ConfigError(f"scorer {name!r} is a {type(scorer).__name__}, not a function")
     return cast(Scorer, scorer)
+
+
+def attempt(scorer: Scorer, response: str, answer: str) -> Attempt:
+    """Call a scorer once; what it raises or returns amiss is in the result, never raised."""
+    try:
+        returned = scorer(response, answer)
+        accuracy = _number(returned)
+        if accuracy is None:
+            kind = type(returned).__name__
+            return failed(
+                Failure.NOT_FINITE,
+                f"the scorer returned a {kind} for a finite number: {returned!r:.200}",
+            )
+    except BadKeyError as error:
+        return failed(Failure.BAD_KEY, str(error))
+    except (Exception, SystemExit):  # noqa: BLE001 - user code may raise anything
+        return failed(Failure.RAISED, traceback.format_exc())
+    return Attempt(accuracy)
+
+
+def _number(returned: Any) -> float | None:
+    """The finite number that was returned, a scalar of any library included; None for anything else."""
+    if isinstance(returned, str | bytes | bytearray):
+        return None
+    try:
+        number = float(returned)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+    return number if math.isfinite(number) else None

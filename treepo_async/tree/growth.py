@@ -1,174 +1,245 @@
-"""How one tree grows: rounds of extensions with a barrier per prompt (TreePO, section 2.2 and Algorithm 1).
+"""How one tree grows (TreePO, section 2.2 and Algorithm 1): which paths are continued, and how often.
 
-A round asks the engine to extend every active path; when all runs of the round are back, the next round is
-planned from this tree's counts alone. Three rules shape it:
+A growth says what to ask of the engine, is told each run that comes back, and says what to ask next, until nothing is
+left to ask. There are three kinds:
+
+* barrier: rounds. When all runs of a round are back, the next one is planned from this tree's counts alone;
+* eager: a path forks as soon as its own run is back, which favours the paths that are back first;
+* independent: `width` whole responses that share the prompt alone: the baseline.
+
+The rules of the first two:
 
 * budget transfer: forks of paths that ended are given to the survivors, up to `width` in all;
-* fallback: with no survivor and fewer than `width` leaves, ended paths are forked again at a segment boundary;
-* run to completion: once finished + active = width no fork can follow, so each path is asked for its rest.
+* fallback: with no path active and fewer than `width` leaves, ended paths are forked again at a segment boundary;
+* run to completion: once finished + active = width no fork can follow, so each path is asked for its rest, unless it is
+  to be judged at boundaries. From then on the place of a pruned path goes to a fallback at once.
 
-Invariant: finished + active <= width, and exactly `width` leaves in the end unless fallback is off.
+Invariant: finished + active <= width, and exactly `width` finished paths in the end unless `notes` says why not.
 """
 
 import random
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
-from treepo_async.tree.cut import Run, cut
-from treepo_async.types import ROOT, Segment, StopReason, path_of
+from treepo_async.tree import fallback
+from treepo_async.tree.cut import Run
+from treepo_async.tree.growing import Extension, GrowingTree
+from treepo_async.tree.rules import GrowthRules, PruneRules
+from treepo_async.tree.split import split_by_score, split_evenly
+from treepo_async.types import ROOT, StopReason
 
-
-@dataclass(frozen=True, slots=True)
-class GrowthRules:
-    """The knobs of a tree's shape."""
-
-    segment_tokens: int
-    max_depth: int
-    width: int
-    branching_factor: int
-    first_fork_min: int
-    first_fork_max: int
-    fallback: bool
-    max_response_tokens: int | None = None
-
-    @property
-    def limit(self) -> int:
-        """Most response tokens of a path."""
-        by_depth = self.segment_tokens * self.max_depth
-        return (
-            by_depth
-            if self.max_response_tokens is None
-            else min(by_depth, self.max_response_tokens)
-        )
-
-    @property
-    def limit_reason(self) -> StopReason:
-        """Why a path ends that reaches the limit."""
-        wanted = self.max_response_tokens or self.limit
-        return StopReason.LENGTH if wanted <= self.limit else StopReason.DEPTH
+Fork = tuple[int, int]
+"""A segment, or `ROOT`, and how many paths go on from it."""
 
 
-class Extension(NamedTuple):
-    """A request to the engine: continue one path `num_runs` times."""
+class Growth(ABC):
+    """One tree while it grows.
 
-    parent: int
-    """Index of the path's last segment, or `ROOT`."""
-    start: int
-    """Response tokens already on the path."""
-    max_new_tokens: int
-    num_runs: int
+    Attributes:
+        tree: what there is of it.
+        num_fallbacks: paths that were forked from an ended path.
+    """
 
+    def __init__(self, rules: GrowthRules, rng: random.Random, prune: PruneRules) -> None:
+        self.tree = GrowingTree(rules, prune, rng)
+        self.rules, self.rng = rules, rng
+        self.num_fallbacks = 0
+        self._is_saturated = False
+        self._entropies: dict[int, float] = {}
 
-@dataclass
-class Growth:
-    """One tree while it grows. `plan()` a round, `add()` each of its runs, until `plan()` is empty."""
+    @abstractmethod
+    def start(self) -> list[Extension]:
+        """What to ask first."""
 
-    rules: GrowthRules
-    rng: random.Random
-    segments: list[Segment] = field(default_factory=list)
-    num_fallbacks: int = 0
-    """Runs that were forked from an ended path."""
-    _finished: list[int] = field(default_factory=list)
-    _survivors: list[int] = field(default_factory=list)
-    _num_ended: int = 0
-    _ends: list[int] = field(default_factory=list)
-    _started: bool = False
-
-    def plan(self) -> list[Extension]:
-        """The next round, in the order in which it should be submitted; empty when the tree is complete."""
-        if not self._started:
-            self._started = True
-            parents = [(ROOT, self._first_fork())]
-        elif self._survivors:
-            parents = list(zip(self._survivors, self._split(self._budget()), strict=True))
-        else:
-            parents = self._fall_back()
-        self._survivors, self._num_ended = [], 0
-        saturated = len(self._finished) + sum(n for _, n in parents) == self.rules.width
-        return [self._extension(parent, n, saturated) for parent, n in parents]
-
-    def add(self, extension: Extension, run: Run, stop: StopReason | None) -> None:
-        """Record one run of the current round.
+    @abstractmethod
+    def add(
+        self,
+        extension: Extension,
+        run: Run,
+        stop: StopReason | None,
+        *,
+        entropy: float | None = None,
+    ) -> list[Extension]:
+        """Take one run. Gives what to ask now, in the order in which it should be submitted.
 
         Args:
             extension: the request it answers.
             run: its tokens up to and including the stop, at least one.
             stop: why the path ended, None if only the request's `max_new_tokens` ended it.
+            entropy: of the distribution of its last token, in nats; needed where forks are split by it.
         """
-        end = extension.start + len(run)
-        if stop is None and end >= self.rules.limit:
-            stop = self.rules.limit_reason
-        for segment in cut(
-            run,
-            parent=extension.parent,
-            first_index=len(self.segments),
-            start=extension.start,
-            segment_tokens=self.rules.segment_tokens,
-            stop=stop,
-        ):
-            self._ends.append(self._end(segment.parent) + len(segment))
-            self.segments.append(segment)
-        if stop is None:
-            self._survivors.append(len(self.segments) - 1)
-        else:
-            self._finished.append(len(self.segments) - 1)
-            self._num_ended += 1
 
     def notes(self) -> tuple[str, ...]:
         """What makes the complete tree differ from its rules."""
-        missing = self.rules.width - len(self._finished)
-        return (f"{missing} leaves fewer than the width: fallback is off",) if missing else ()
-
-    def path(self, parent: int) -> tuple[int, ...]:
-        """Segment indices from the prompt down to `parent`."""
-        return path_of(self.segments, parent)
-
-    def _end(self, parent: int) -> int:
-        """Response tokens on the path up to and including `parent`."""
-        return 0 if parent == ROOT else self._ends[parent]
-
-    def _extension(self, parent: int, num_runs: int, saturated: bool) -> Extension:
-        start = self._end(parent)
-        to_grid = self.rules.segment_tokens - start % self.rules.segment_tokens
-        rest = self.rules.limit - start
-        return Extension(parent, start, rest if saturated else min(to_grid, rest), num_runs)
-
-    def _first_fork(self) -> int:
-        return min(
-            self.rng.randint(self.rules.first_fork_min, self.rules.first_fork_max), self.rules.width
+        num_unfilled = self.rules.width - self.tree.width
+        missing = self.tree.room
+        reason = "fallback is off" if self.rules.fallback == "none" else "the token budget is spent"
+        notes = [(num_unfilled, "pruned paths are not refilled"), (missing, reason)]
+        return tuple(
+            f"{number} leaves fewer than the width: {reason}" for number, reason in notes if number
         )
 
-    def _budget(self) -> int:
-        """Active paths of the next round: forks of ended paths go to the survivors, capped by the width."""
-        active, room = len(self._survivors), self.rules.width - len(self._finished)
-        return max(active, min(room, self.rules.branching_factor * (self._num_ended + active)))
+    def _record(
+        self, extension: Extension, run: Run, stop: StopReason | None, entropy: float | None
+    ) -> int | None:
+        """The run's last segment if the path can go on, else None."""
+        last = self.tree.record(extension, run, stop)
+        if last is not None and entropy is not None:
+            self._entropies[last] = entropy
+        return last
 
-    def _split(self, budget: int) -> list[int]:
-        """Even shares of the budget, the remainder spread at random."""
-        share, remainder = divmod(budget, len(self._survivors))
-        lucky = set(self.rng.sample(range(len(self._survivors)), remainder))
-        return [share + (i in lucky) for i in range(len(self._survivors))]
+    def _first_fork(self) -> int:
+        drawn = self.rng.randint(self.rules.first_fork_min, self.rules.first_fork_max)
+        return min(drawn, self.rules.width, max(1, self.tree.affordable(ROOT, 0)))
 
-    def _fall_back(self) -> list[tuple[int, int]]:
-        """Fork the paths that ended by EOS or box again, at random boundaries; the prompt if there are none."""
-        missing = self.rules.width - len(self._finished)
-        if missing == 0 or not self.rules.fallback:
+    def _extensions(self, forks: Sequence[Fork], num_active: int) -> list[Extension]:
+        """Requests for these forks, with `num_active` paths active beside them."""
+        self._is_saturated = num_active + sum(n for _, n in forks) == self.tree.room
+        whole = self._is_saturated and not self.tree.prune.judges
+        return [self.tree.extension(parent, n, to_completion=whole) for parent, n in forks]
+
+    def _fall_back(self, missing: int, committed: int) -> list[Fork]:
+        """Up to `missing` paths from paths that ended by EOS or box; from the prompt if there are none."""
+        if missing == 0 or self.rules.fallback == "none":
             return []
-        answered = (StopReason.EOS, StopReason.BOXED)
-        candidates = [leaf for leaf in self._finished if self.segments[leaf].stop in answered]
-        self.rng.shuffle(candidates)
-        forks: list[tuple[int, int]] = []
-        for leaf in candidates or [ROOT]:
-            num_runs = min(self.rules.branching_factor, missing - sum(n for _, n in forks))
+        tree, forks = self.tree, list[Fork]()
+        for leaf in fallback.candidates(tree.segments, tree.finished, self.rng):
+            parent = fallback.boundary(self.rules.fallback, tree.segments, leaf, self.rng)
+            # a tree may not end without a single complete path
+            least = 0 if tree.finished or forks else 1
+            most = max(least, tree.affordable(parent, committed))
+            num_runs = min(self.rules.branching_factor, missing, most)
             if num_runs > 0:
-                forks.append((self._random_boundary(leaf), num_runs))
+                forks.append((parent, num_runs))
+                missing -= num_runs
+                committed += num_runs * tree.rest(parent)
         self.num_fallbacks += sum(n for _, n in forks)
         return forks
 
-    def _random_boundary(self, leaf: int) -> int:
-        """A segment of the leaf's path that ends on the grid, or `ROOT`; the last level is always redone."""
-        if leaf == ROOT:
-            return ROOT
-        level = self.rng.randint(0, self.segments[leaf].level)
-        above = [i for i in self.path(leaf) if self.segments[i].level < level]
-        return above[-1] if above else ROOT
+
+class BarrierGrowth(Growth):
+    """Rounds with a barrier; the tree does not depend on the order in which runs come back."""
+
+    def start(self) -> list[Extension]:
+        """See `Growth`."""
+        return self._begin([(ROOT, self._first_fork())])
+
+    def add(
+        self,
+        extension: Extension,
+        run: Run,
+        stop: StopReason | None,
+        *,
+        entropy: float | None = None,
+    ) -> list[Extension]:
+        """See `Growth`."""
+        self._arrived.setdefault(extension.number, []).append((run, stop, entropy))
+        if sum(map(len, self._arrived.values())) < sum(e.num_runs for e in self._round):
+            return []
+        num_ended, survivors = 0, []
+        for asked in self._round:
+            for arrival in self._arrived[asked.number]:
+                last = self._record(asked, *arrival)
+                num_ended += last is None
+                survivors += [] if last is None else [last]
+        left = self.tree.without_pruned(survivors)
+        return self._begin(self._next(left, num_ended + len(survivors) - len(left)))
+
+    def _begin(self, forks: Sequence[Fork]) -> list[Extension]:
+        self._round = self._extensions(forks, num_active=0)
+        self._arrived: dict[int, list[tuple[Run, StopReason | None, float | None]]] = {}
+        return self._round
+
+    def _next(self, survivors: list[int], num_ended: int) -> list[Fork]:
+        """The next round, from the paths that survived this one and the number of those that did not."""
+        num_active, room = len(survivors), self.tree.room
+        committed = sum(self.tree.rest(i) for i in survivors)
+        if not survivors:
+            return self._fall_back(room, committed)
+        if self._is_saturated:
+            return [*((i, 1) for i in survivors), *self._fall_back(room - num_active, committed)]
+        wanted = min(room, self.rules.branching_factor * (num_ended + num_active))
+        extra = self.tree.affordable(min(survivors, key=self.tree.end), committed)
+        budget = max(num_active, min(wanted, num_active + extra))
+        return list(zip(survivors, self._split(budget, survivors), strict=True))
+
+    def _split(self, budget: int, survivors: list[int]) -> list[int]:
+        rule = self.rules.split
+        if rule == "even" or budget == len(survivors):
+            return split_evenly(budget, len(survivors), self.rng)
+        scores = [
+            self._entropies[i] if rule == "entropy" else self.tree.last_level_logprob(i)
+            for i in survivors
+        ]
+        return split_by_score(budget, scores, rule, self.rules.split_temperature, self.rng)
+
+
+class IndependentGrowth(BarrierGrowth):
+    """Whole responses from the prompt."""
+
+    def start(self) -> list[Extension]:
+        """See `Growth`."""
+        return self._begin(self._from_prompt())
+
+    def _begin(self, forks: Sequence[Fork]) -> list[Extension]:
+        self._arrived = {}
+        self._round = [self.tree.extension(ROOT, n, to_completion=True) for _, n in forks]
+        return self._round
+
+    def _next(self, survivors: list[int], num_ended: int) -> list[Fork]:
+        return self._from_prompt()
+
+    def _from_prompt(self) -> list[Fork]:
+        least = 0 if self.tree.finished else 1
+        num_runs = min(self.tree.room, max(least, self.tree.affordable(ROOT, 0)))
+        return [(ROOT, num_runs)] if num_runs else []
+
+
+class EagerGrowth(Growth):
+    """No barrier: every run that is back is followed up at once."""
+
+    def start(self) -> list[Extension]:
+        """See `Growth`."""
+        self._active: list[Extension] = []
+        return self._begin([(ROOT, 1)] * self._first_fork())
+
+    def add(
+        self,
+        extension: Extension,
+        run: Run,
+        stop: StopReason | None,
+        *,
+        entropy: float | None = None,
+    ) -> list[Extension]:
+        """See `Growth`."""
+        self._active.remove(extension)
+        last = self._record(extension, run, stop, entropy)
+        survivors = self.tree.without_pruned([] if last is None else [last])
+        return self._begin(self._next(survivors))
+
+    def _begin(self, forks: Sequence[Fork]) -> list[Extension]:
+        extensions = self._extensions(forks, num_active=len(self._active))
+        self._active += extensions
+        return extensions
+
+    def _next(self, survivors: list[int]) -> list[Fork]:
+        free = self.tree.room - len(self._active)
+        committed = sum(self.tree.rest(extension.parent) for extension in self._active)
+        if survivors:
+            (path,) = survivors
+            wanted = 1 if self._is_saturated else self.rules.branching_factor
+            affordable = self.tree.affordable(path, committed)
+            return [(path, 1)] * max(1, min(wanted, free, affordable))
+        if self._is_saturated or not self._active:
+            return [(p, 1) for p, n in self._fall_back(free, committed) for _ in range(n)]
+        return []
+
+
+def start_growth(rules: GrowthRules, rng: random.Random, prune: PruneRules | None = None) -> Growth:
+    """The growth that `rules.growth` names, not started."""
+    kinds: dict[str, type[Growth]] = {
+        "barrier": BarrierGrowth,
+        "eager": EagerGrowth,
+        "independent": IndependentGrowth,
+    }
+    return kinds[rules.growth](rules, rng, prune or PruneRules())

@@ -46,15 +46,16 @@ def at_once(work: Callable[[], None]) -> None:
 class WeightStore:
     """Publications under one folder."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, keep_marked: int = 0) -> None:
         """Open or create.
 
         Args:
             folder: of all publications.
             keep: newest publications that are kept.
+            keep_marked: newest of those to be evaluated that are kept besides.
         """
         self.folder = folder
-        self._keep = keep
+        self._keep, self._keep_marked = keep, keep_marked
         folder.mkdir(parents=True, exist_ok=True)
 
     def publish(
@@ -112,17 +113,22 @@ class WeightStore:
         return versions_in(self.folder)
 
     def next_after(
-        self, applied: PolicyVersion, *, without: Collection[PolicyVersion] = ()
+        self,
+        applied: PolicyVersion,
+        *,
+        without: Collection[PolicyVersion] = (),
+        marked_only: bool = False,
     ) -> PolicyVersion | None:
         """The version to apply next: the newest one not in `without`, but none to be evaluated is passed over.
 
-        Nor is one without a readable manifest: `verify` refuses it by name.
+        Nor is one without a readable manifest: `verify` refuses it by name. With `marked_only` others than these never
+        come next.
         """
         newer = [v for v in self.versions() if v > applied and v not in without]
         for version in newer:
             if self._must_be_seen(version):
                 return version
-        return newer[-1] if newer else None
+        return newer[-1] if newer and not marked_only else None
 
     def _must_be_seen(self, version: PolicyVersion) -> bool:
         try:
@@ -131,7 +137,12 @@ class WeightStore:
             return True
 
     def _remove_old(self) -> None:
-        for version in self.versions()[: -self._keep]:
+        old = self.versions()[: -self._keep]
+        marked = [v for v in old if self._must_be_seen(v)] if self._keep_marked else []
+        spared = marked[-self._keep_marked :]
+        for version in old:
+            if version in spared:
+                continue
             hidden = self.folder / f".old-{version}"
             self.path(version).rename(hidden)
             shutil.rmtree(hidden)

@@ -1,6 +1,6 @@
 """Tree <-> frames: a msgspec header and one raw array per field, so that a sampled token costs 8 bytes.
 
-Frames: `[b"TPO1", header, *arrays]`, arrays little-endian in the order of `ARRAYS`. The header holds no lengths:
+Frames: `[b"TPO2", header, *arrays]`, arrays little-endian in the order of `ARRAYS`. The header holds no lengths:
 they follow from the frames themselves, so a lying number cannot make the receiver allocate. The same frames go
 over the wire, into the spool and into tree files.
 """
@@ -25,7 +25,7 @@ from treepo_async.types import (
     Tree,
 )
 
-MAGIC = b"TPO1"
+MAGIC = b"TPO2"
 
 ARRAYS: tuple[tuple[str, np.dtype[np.generic]], ...] = (
     ("prompt_ids_P", np.dtype("<i4")),
@@ -38,6 +38,7 @@ ARRAYS: tuple[tuple[str, np.dtype[np.generic]], ...] = (
     ("step_S", np.dtype("<i4")),
     ("stop_S", np.dtype("<i1")),
     ("mixed_context_S", np.dtype("<i1")),
+    ("inclusion_S", np.dtype("<f8")),
     ("rewards_L", np.dtype("<f4")),
     ("accuracies_L", np.dtype("<f4")),
 )
@@ -78,6 +79,7 @@ def encode_tree(tree: Tree) -> list[bytes]:
         "step_S": [s.policy_version.step for s in segments],
         "stop_S": [_STOPS.index(s.stop) for s in segments],
         "mixed_context_S": [s.mixed_context for s in segments],
+        "inclusion_S": [s.inclusion for s in segments],
         "rewards_L": tree.rewards_L,
         "accuracies_L": tree.accuracies_L,
     }
@@ -184,6 +186,7 @@ def _segments(columns: dict[str, NDArray[Any]]) -> tuple[Segment, ...]:
             for name in ("parent_S", "level_S", "lineage_S", "step_S", "stop_S")
         ),
         columns["mixed_context_S"].tolist(),
+        columns["inclusion_S"].tolist(),
         strict=True,
     )
     return tuple(
@@ -195,6 +198,7 @@ def _segments(columns: dict[str, NDArray[Any]]) -> tuple[Segment, ...]:
             policy_version=PolicyVersion(lineage, step),
             stop=_STOPS[stop],
             mixed_context=bool(mixed),
+            inclusion=inclusion,
         )
-        for begin, end, parent, level, lineage, step, stop, mixed in rows
+        for begin, end, parent, level, lineage, step, stop, mixed, inclusion in rows
     )

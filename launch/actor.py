@@ -1,0 +1,95 @@
+"""`python launch/actor.py data=IN out=OUT [model=PATH] [key=value ...]`: trees of all prompts of a file, without training.
+
+`--help` lists every key. The same command again goes on where it stopped, however it stopped. Nothing heavy is imported
+before the command line has been checked.
+"""
+
+import asyncio
+import logging
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch.run import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_STOPPED, progress_bar
+from treepo_async.config.command_line import describe_generation, parse_generation
+from treepo_async.config.schema import GenerateConfig
+from treepo_async.errors import ConfigError, DataError, TreepoError
+
+if TYPE_CHECKING:
+    from treepo_async.actor.standalone import Standalone
+
+
+def main(words: list[str]) -> int:
+    """Generate, and say how it ended. Gives the exit code."""
+    if "--help" in words or "-h" in words:
+        print(describe_generation())
+        return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return generate(parse_generation(words), words)
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    except KeyboardInterrupt:
+        print("stopped before the first tree", file=sys.stderr)
+        return EXIT_STOPPED
+
+
+def generate(config: GenerateConfig, words: list[str]) -> int:
+    """Prepare model, data and files, then grow what is not there yet. Gives the exit code."""
+    from treepo_async.actor.output import Output, held
+    from treepo_async.actor.printer import LogLines, Printer
+    from treepo_async.actor.standalone import Inputs, Standalone
+    from treepo_async.cluster.prepare import load_model_config, prepare_model
+
+    printer = Printer(sys.stdout)
+    logging.basicConfig(handlers=[LogLines(printer)], format="%(message)s")
+    with progress_bar("warm start of the tiny model") as report:
+        model_dir = prepare_model(
+            config.model.path, cache_dir=Path(config.cache_dir), seed=config.seed, report=report
+        )
+    inputs = Inputs.of(config, model_dir, load_model_config(model_dir))
+    out = Path(config.out or "")
+    with held(out):
+        output = Output(
+            out,
+            inputs.job,
+            inputs.tokenizer.decode,
+            overwrite=config.overwrite,
+            retry_failed=config.retry_failed,
+        )
+        try:
+            return carry_out(Standalone(inputs, output, printer), words)
+        finally:
+            output.close()
+
+
+def carry_out(work: "Standalone", words: list[str]) -> int:
+    """Do the work, and say how it ended. Gives the exit code."""
+    for line in work.describe():
+        work.printer.plain(line)
+    kept = [word for word in words if not word.startswith(("overwrite=", "retry_failed="))]
+    again = f"go on with: python launch/actor.py {shlex.join(kept)}"
+    code = 0
+    try:
+        if work.is_unfinished():
+            asyncio.run(work.run())
+        work.output.finish()
+    except TreepoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_BAD_CONFIG if isinstance(error, ConfigError | DataError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        code = EXIT_STOPPED
+    for line in work.tally.summary():
+        work.printer.plain(line)
+    end = {0: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
+    work.printer.plain(f"{end}; {work.files()}{'' if code == 0 else f'; {again}'}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

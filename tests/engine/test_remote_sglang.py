@@ -1,0 +1,88 @@
+"""What a real SGLang server says of itself, and that it is enough to tell whether it fits."""
+
+import aiohttp
+import pytest
+import pytest_asyncio
+
+from tests.oracle import tiny_qwen2
+from treepo_async.engine.client import EngineClient, SamplingSettings
+from treepo_async.engine.fixed import VERSION
+from treepo_async.engine.remote import RemoteEngine
+from treepo_async.engine.server import Server, ServerOptions
+from treepo_async.errors import ConfigError
+from treepo_async.process import free_ports
+
+VOCAB_SIZE, CONTEXT = 128, 256
+START_S = 150.0
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.timeout(START_S + 60),
+    pytest.mark.asyncio(loop_scope="module"),
+]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("remote")
+    tiny_qwen2(tied=True).save_pretrained(folder)
+    options = ServerOptions(
+        port=free_ports(1)[0],
+        dtype="float32",
+        context_length=CONTEXT,
+        max_total_tokens=8192,
+        max_running_requests=16,
+        prefill_chunk_tokens=1024,
+        log_file=folder / "sglang.log",
+    )
+    async with aiohttp.ClientSession() as session:
+        made = Server(options, session)
+        try:
+            await made.start(folder, "default", timeout_s=START_S)
+            yield made
+        finally:
+            await made.stop()
+
+
+def remote(server, session, *, vocab_size=VOCAB_SIZE, context_length=CONTEXT):
+    return RemoteEngine(
+        server.url,
+        session,
+        vocab_size=vocab_size,
+        context_length=context_length,
+        away_timeout_s=10.0,
+    )
+
+
+async def test_a_server_that_somebody_else_started_is_used(server):
+    async with aiohttp.ClientSession() as session:
+        engine = remote(server, session)
+        assert await engine.start() == await server.checksum(timeout_s=30)
+        client = EngineClient(
+            server.url,
+            engine.gate,
+            session,
+            namespace="n",
+            vocab_size=VOCAB_SIZE,
+            request_timeout_s=60,
+            update_mode=None,
+        )
+        sampling = SamplingSettings(1.0, ())
+        completions = await client.extend([5, 6], num_runs=3, max_new_tokens=9, sampling=sampling)
+        await engine.confirm()
+    spans = [tuple(map(tuple, completion.run.spans)) for completion in completions]
+    assert spans == [((VERSION, 9, False),)] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"vocab_size": 120}, r"vocabulary has 128 tokens, that of model\.path 120"),
+        ({"vocab_size": 200}, r"vocabulary has 128 tokens, that of model\.path 200"),
+        ({"context_length": CONTEXT + 1}, "context is 256 tokens, .* need up to 257"),
+    ],
+)
+async def test_a_server_of_another_model_or_of_less_context_is_refused(server, options, reason):
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(ConfigError, match=reason):
+            await remote(server, session, **options).start()

@@ -1,0 +1,173 @@
+import math
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tree.scripted import ANSWERED, RULES, ScriptedEngine, grow, grow_eagerly, tree_of
+from treepo_async.tree.cut import Run, VersionSpan
+from treepo_async.tree.growth import start_growth
+from treepo_async.tree.prune import KEEP, PRUNE, judge, mean_logprob
+from treepo_async.tree.rules import PartialPath, PruneRules
+from treepo_async.types import PolicyVersion, StopReason
+
+POOR_HALF = PruneRules(min_logprob=-1.0)
+"""With log-probs drawn from -2..0, half of all paths are poor at each boundary."""
+
+
+def engine(seed=0, stop_rate=0.0):
+    return ScriptedEngine(random.Random(seed), stop_rate=stop_rate, logprobs=(-2.0, 0.0))
+
+
+def path(*logprobs):
+    return PartialPath(np.arange(len(logprobs), dtype=np.int32), np.array(logprobs, np.float32))
+
+
+def judged(rules, *, level=1, level_logprob=-1.0, value_of=None, seed=0):
+    this = path(-1.0, -3.0)
+    return judge(
+        rules,
+        this,
+        [this],
+        level=level,
+        level_logprob=level_logprob,
+        rng=random.Random(seed),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "verdict"),
+    [
+        (PruneRules(), KEEP),
+        (PruneRules(min_logprob=-1.5), KEEP),
+        (PruneRules(min_logprob=-0.5), PRUNE),
+        (PruneRules(min_logprob=-0.5, first_level=2), KEEP),
+        (PruneRules(min_logprob=-0.5, first_level=1), PRUNE),
+        (PruneRules(value=mean_logprob, min_value=-1.9), PRUNE),
+        (PruneRules(value=mean_logprob, min_value=-2.1), KEEP),
+        (PruneRules(value=lambda *_: math.nan, min_value=9.0), KEEP),
+    ],
+)
+def test_a_path_is_judged_by_each_rule_that_is_set(rules, verdict):
+    assert judged(rules) == verdict
+
+
+def test_what_goes_on_by_chance_says_how_likely_that_was():
+    rules = PruneRules(min_logprob=-0.5, probability=0.75)
+    verdicts = [judged(rules, seed=seed) for seed in range(400)]
+    kept = [v for v in verdicts if not v.is_pruned]
+    assert 60 < len(kept) < 140
+    assert {v.inclusion for v in kept} == {0.25}
+
+
+def test_pruned_paths_are_leaves_without_descendants_and_others_take_their_place():
+    growth, rounds = grow(RULES, engine(), prune=POOR_HALF)
+    tree = tree_of(growth)
+    tree.check()
+    stops = [tree.segments[leaf].stop for leaf in tree.leaves]
+    assert growth.tree.pruned
+    assert stops.count(StopReason.PRUNED) == len(growth.tree.pruned)
+    assert len(stops) - len(growth.tree.pruned) == RULES.width
+    assert growth.notes() == ()
+    # judged at every boundary, also once the tree is as wide as it may be
+    assert all(e.max_new_tokens == 4 for r in rounds for e in r.extensions)
+
+
+def test_without_refill_a_tree_has_a_leaf_less_for_every_pruned_path():
+    rules = replace(POOR_HALF, refill=False)
+    growth, _ = grow(RULES, engine(1, stop_rate=0.05), prune=rules)
+    num_pruned = len(growth.tree.pruned)
+    assert 0 < num_pruned < RULES.width
+    assert len(growth.tree.finished) == RULES.width - num_pruned
+    assert growth.notes() == (
+        f"{num_pruned} leaves fewer than the width: pruned paths are not refilled",
+    )
+
+
+def test_after_saturation_a_freed_place_goes_to_a_fallback_at_once():
+    growth, rounds = grow(RULES, engine(3, stop_rate=0.02), prune=POOR_HALF)
+    was_saturated, num_refilled = False, 0
+    for planned in rounds:
+        survivors = set(planned.survivors) - set(growth.tree.pruned)
+        if was_saturated and survivors:
+            own = [e for e in planned.extensions if e.parent in survivors]
+            others = [e for e in planned.extensions if e.parent not in survivors]
+            assert [e.num_runs for e in own] == [1] * len(survivors)
+            answered = [i for i in planned.finished if growth.tree.segments[i].stop in ANSWERED]
+            missing = RULES.width - len(planned.finished) - len(survivors)
+            expected = min(missing, RULES.branching_factor * max(1, len(answered)))
+            assert sum(e.num_runs for e in others) == expected
+            num_refilled += expected
+        was_saturated = planned.num_active + len(planned.finished) == RULES.width
+    assert num_refilled > 0
+
+
+@pytest.mark.parametrize(("drive", "kind"), [(grow, "barrier"), (grow_eagerly, "eager")])
+def test_a_tree_whose_paths_are_all_poor_ends_all_the_same(drive, kind):
+    prune = PruneRules(min_logprob=-0.5)
+    growth, _ = drive(replace(RULES, growth=kind), ScriptedEngine(random.Random(0)), prune=prune)
+    assert len(growth.tree.pruned) == RULES.width
+    assert len(growth.tree.finished) == RULES.width
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    seed=st.integers(0, 10_000),
+    stop_rate=st.sampled_from([0.0, 0.05, 0.3]),
+    probability=st.sampled_from([0.3, 1.0]),
+    refill=st.booleans(),
+    eager=st.booleans(),
+)
+def test_pruning_never_breaks_the_width(seed, stop_rate, probability, refill, eager):
+    prune = PruneRules(min_logprob=-1.2, probability=probability, refill=refill)
+    rules = replace(RULES, growth="eager" if eager else "barrier")
+    growth, _ = (grow_eagerly if eager else grow)(rules, engine(seed, stop_rate), seed, prune)
+    tree = tree_of(growth)
+    tree.check()
+    num_finished, num_pruned = len(growth.tree.finished), len(growth.tree.pruned)
+    assert len(tree.leaves) == num_finished + num_pruned
+    assert num_finished == (RULES.width if refill else RULES.width - num_pruned)
+    lucky = [s.inclusion for s in tree.segments if s.inclusion != 1]
+    assert set(lucky) <= {1 - probability}
+    if probability == 1:
+        assert lucky == []
+
+
+def test_a_path_too_old_for_any_batch_is_pruned_and_others_are_not():
+    growth = start_growth(RULES, random.Random(0), PruneRules(max_staleness=1))
+    (first,) = growth.start()
+    add(growth, first, step=3)
+    second = add(growth, first, step=5)
+    assert growth.tree.pruned == [0]
+    # its forks go to the other one
+    assert [(e.parent, e.num_runs) for e in second] == [(1, 4)]
+    add(growth, second[0], step=6)
+    assert growth.tree.pruned == [0]
+
+
+def add(growth, extension, *, step):
+    num_tokens = extension.max_new_tokens
+    logprobs = np.full(num_tokens, -1.0, np.float32)
+    spans = (VersionSpan(PolicyVersion(0, step), num_tokens),)
+    return growth.add(extension, Run(np.arange(num_tokens, dtype=np.int32), logprobs, spans), None)
+
+
+def test_saved_tokens_are_what_cut_paths_lack_to_the_mean_of_the_others():
+    rules = replace(RULES, width=4, first_fork_min=4, first_fork_max=4, max_response_tokens=12)
+    growth = start_growth(rules, random.Random(0))
+    (first,) = growth.start()
+    runs = [
+        (12, None),
+        (8, StopReason.EOS),
+        (4, StopReason.REPETITION),
+        (11, StopReason.REPETITION),
+    ]
+    for num_tokens, stop in runs:
+        run = ScriptedEngine(random.Random(0)).run(num_tokens)[0]
+        growth.add(first, run, stop)
+    # the mean of 12 and 8, less 4; the second is longer than that
+    assert growth.tree.saved_tokens() == 6
+    assert growth.tree.num_cut_short() == 2

@@ -1,0 +1,119 @@
+"""What an engine's answer to one request means: tokens, log-probs, versions, cache counts.
+
+Read whole, or from a stream whose tokens are watched as they come. Waits: for the next event of a stream (the request's
+own deadline, which its caller sets).
+"""
+
+import json
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from treepo_async.engine.update_mode import UpdateMode, version_spans
+from treepo_async.errors import EngineError
+from treepo_async.tree.cut import Run
+from treepo_async.types import PolicyVersion
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine returned for one request."""
+
+    run: Run
+    prefix_tokens: int
+    cached_tokens: int
+    overhead_s: float
+    """Time of the request outside of the server: HTTP, JSON and both event loops."""
+    entropy: float | None = None
+    """Of the distribution of the last token, in nats, from its most likely tokens; None if not asked for."""
+
+
+class Watch(NamedTuple):
+    """Looks at the tokens of a running request and ends it."""
+
+    every_tokens: int
+    """Between two looks."""
+    is_over: Callable[[Sequence[int]], bool]
+    """Whether the tokens so far need no continuation."""
+
+
+async def read_stream(
+    chunks: AsyncIterator[bytes], watch: Watch, abort: Callable[[], Awaitable[None]]
+) -> tuple[dict[str, Any], bool]:
+    """The last answer of a stream of server-sent events, each of which holds all tokens so far.
+
+    Args:
+        chunks: bytes as they come.
+        watch: looks at the newest answer.
+        abort: ends the request once the watch says so; the stream is read to its end all the same.
+
+    Returns:
+        The answer, and whether the request was aborted here.
+
+    Raises:
+        EngineError: the stream ended without its end mark.
+        ValueError: an event is no JSON.
+    """
+    buffer, newest, is_over = b"", b"{}", False
+    async for chunk in chunks:
+        *events, buffer = (buffer + chunk).split(b"\n\n")
+        payloads = [event.removeprefix(b"data: ") for event in events]
+        if b"[DONE]" in payloads:
+            return json.loads(payloads[-2] if len(payloads) > 1 else newest), is_over
+        if payloads:
+            newest = payloads[-1]
+            if not is_over and watch.is_over(json.loads(newest)["output_ids"]):
+                is_over = True
+                await abort()
+    raise EngineError("the stream ended early")
+
+
+def completion_of(
+    answer: Mapping[str, Any],
+    version: PolicyVersion,
+    mode: UpdateMode | None,
+    *,
+    wall_s: float,
+    was_aborted: bool = False,
+) -> Completion:
+    """Read an answer.
+
+    Args:
+        answer: SGLang's JSON.
+        version: under which the request was submitted.
+        mode: of updates, see `version_spans`.
+        wall_s: of the request.
+        was_aborted: whether its abort was wanted.
+
+    Raises:
+        EngineError: it was aborted by somebody else, or says what cannot be.
+        LookupError, TypeError, ValueError: it has another form.
+    """
+    meta = answer["meta_info"]
+    if meta["finish_reason"]["type"] == "abort" and not was_aborted:
+        raise EngineError(f"SGLang aborted the request: {meta['finish_reason'].get('message')}")
+    logprobs = np.array([row[0] for row in meta["output_token_logprobs"]], dtype=np.float32)
+    if not np.isfinite(logprobs).all():
+        raise EngineError("SGLang gave log-probs that are not finite")
+    top = meta.get("output_top_logprobs")
+    return Completion(
+        run=Run(
+            np.array(answer["output_ids"], dtype=np.int32),
+            logprobs,
+            version_spans(meta.get("weight_versions", []), version, mode),
+        ),
+        prefix_tokens=meta["prompt_tokens"],
+        cached_tokens=meta["cached_tokens"],
+        overhead_s=max(0.0, wall_s - meta["e2e_latency"]),
+        entropy=entropy_of([row[0] for row in top[-1]]) if top else None,
+    )
+
+
+def entropy_of(top_logprobs: Sequence[float]) -> float:
+    """Entropy in nats from the log-probs of the most likely tokens, all others taken as one: a lower bound."""
+    rest = 1.0 - sum(math.exp(x) for x in top_logprobs)
+    named = -sum(math.exp(x) * x for x in top_logprobs)
+    return named - (rest * math.log(rest) if rest > 0 else 0.0)

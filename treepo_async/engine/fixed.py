@@ -1,0 +1,113 @@
+"""An engine whose weights never change, for work without a learner: its gate, and what is asked of who looks after it.
+
+Nothing here speaks ZeroMQ: gate, client and keeper live in one process. `kept` starts a server and keeps it alive,
+`remote` uses one that somebody else runs. Waits: `passage` for an open gate (the keeper opens it, or ends the process
+with its reason; deadline `timeout_s`), `death` for the server's next death (whoever waits does other work meanwhile).
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from treepo_async.errors import DeadlineError
+from treepo_async.types import PolicyVersion
+
+VERSION = PolicyVersion(0, 0)
+"""Of all that is sampled."""
+
+
+class FixedGate:
+    """An `EngineGate` that a keeper in the same process opens and closes; it begins closed."""
+
+    def __init__(self, *, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._open = asyncio.Event()
+        self._is_doubted = False
+
+    @contextlib.asynccontextmanager
+    async def passage(self, least_step: int = 0) -> AsyncIterator[PolicyVersion]:
+        """See `EngineGate`; there is one version, so any step will do."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._open.wait()
+        except TimeoutError as error:
+            wait = "the server to be there again"
+            raise DeadlineError(wait, "the keeper of the engine", self._timeout_s) from error
+        yield VERSION
+
+    async def stands_by(self, version: PolicyVersion) -> bool:
+        """See `EngineGate`."""
+        return version == VERSION
+
+    def doubt(self) -> None:
+        """See `EngineGate`; the keeper finds out."""
+        self._is_doubted = True
+        self._open.clear()
+
+    def is_doubted(self) -> bool:
+        """Whether somebody's request was lost since the gate was opened."""
+        return self._is_doubted
+
+    def open(self) -> None:
+        """Let requests in: the server is there."""
+        self._is_doubted = False
+        self._open.set()
+
+    def close(self) -> None:
+        """Let no request in."""
+        self._open.clear()
+
+
+class FixedEngine(Protocol):
+    """A server with fixed weights and who looks after it."""
+
+    url: str
+    gate: FixedGate
+    deaths: "Deaths"
+    num_restarts: int
+
+    async def start(self) -> str:
+        """Open the gate once the server is there. Gives what tells its weights from others.
+
+        Raises:
+            EngineError: there is no such server, or it does not fit.
+        """
+
+    async def watch(self) -> None:
+        """Look after the server for ever.
+
+        Raises:
+            EngineError: it is gone for good.
+            WeightsError: it has other weights.
+        """
+
+    async def confirm(self) -> None:
+        """Return if all that was sampled until now is of the same weights.
+
+        Raises:
+            EngineError: that cannot be known now.
+            WeightsError: it is not.
+        """
+
+    def delivered(self) -> None:
+        """Work that needed the server came to its end: it is no use counting earlier deaths."""
+
+    async def stop(self) -> None:
+        """Leave nothing behind."""
+
+
+class Deaths:
+    """Tells everybody who waits that the server is gone, and what it held with it."""
+
+    def __init__(self) -> None:
+        self._next = asyncio.Event()
+
+    def tell(self) -> None:
+        """It died."""
+        died, self._next = self._next, asyncio.Event()
+        died.set()
+
+    async def wait(self) -> None:
+        """Until it dies the next time."""
+        await self._next.wait()

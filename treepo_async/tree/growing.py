@@ -1,0 +1,173 @@
+"""A tree while it grows: its segments, which paths have ended and why, and what may still be added.
+
+The rounds of `growth` work on it; nothing here decides which path is continued.
+"""
+
+import random
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from treepo_async.tree.cut import Run, cut
+from treepo_async.tree.prune import PRUNE, judge
+from treepo_async.tree.rules import GrowthRules, PartialPath, PruneRules
+from treepo_async.types import ROOT, Segment, StopReason, path_of
+
+
+class Extension(NamedTuple):
+    """A request to the engine: continue one path `num_runs` times."""
+
+    parent: int
+    """Index of the path's last segment, or `ROOT`."""
+    start: int
+    """Response tokens already on the path."""
+    max_new_tokens: int
+    num_runs: int
+    number: int = 0
+    """Of the requests of this tree."""
+
+
+@dataclass
+class GrowingTree:
+    """See the module."""
+
+    rules: GrowthRules
+    prune: PruneRules
+    rng: random.Random
+    segments: list[Segment] = field(default_factory=list)
+    finished: list[int] = field(default_factory=list)
+    """Last segments of the paths that are complete."""
+    pruned: list[int] = field(default_factory=list)
+    """Last segments of the paths that were pruned."""
+    width: int = field(init=False)
+    """Paths the tree is to have: less than the rule's where pruned ones are not refilled."""
+    _ends: list[int] = field(default_factory=list)
+    _num_extensions: int = 0
+
+    def __post_init__(self) -> None:
+        self.width = self.rules.width
+
+    @property
+    def room(self) -> int:
+        """Paths that may be active."""
+        return self.width - len(self.finished)
+
+    def end(self, parent: int) -> int:
+        """Response tokens on the path up to and including `parent`."""
+        return 0 if parent == ROOT else self._ends[parent]
+
+    def rest(self, parent: int) -> int:
+        """Tokens from there to the limit."""
+        return self.rules.limit - self.end(parent)
+
+    def extension(self, parent: int, num_runs: int, *, to_completion: bool) -> Extension:
+        """A request: to the next boundary, or to the limit."""
+        start, rest = self.end(parent), self.rest(parent)
+        to_grid = self.rules.segment_tokens - start % self.rules.segment_tokens
+        self._num_extensions += 1
+        max_new_tokens = rest if to_completion else min(to_grid, rest)
+        return Extension(parent, start, max_new_tokens, num_runs, self._num_extensions)
+
+    def record(self, extension: Extension, run: Run, stop: StopReason | None) -> int | None:
+        """Add a run to the tree. Gives its last segment if the path can go on, else None."""
+        end = extension.start + len(run)
+        if stop is None and end >= self.rules.limit:
+            stop = self.rules.limit_reason
+        for segment in cut(
+            run,
+            parent=extension.parent,
+            first_index=len(self.segments),
+            start=extension.start,
+            segment_tokens=self.rules.segment_tokens,
+            stop=stop,
+        ):
+            self._ends.append(self.end(segment.parent) + len(segment))
+            self.segments.append(segment)
+        last = len(self.segments) - 1
+        if stop is None:
+            return last
+        self.finished.append(last)
+        return None
+
+    def without_pruned(self, survivors: list[int]) -> list[int]:
+        """Prune what the rules say among the paths that could go on. Gives the others."""
+        stale = [i for i in survivors if self._is_stale(i)]
+        for i in stale:
+            self._prune(i)
+        left = [i for i in survivors if i not in stale]
+        if not self.prune.judges:
+            return left
+        views = {i: self._view(i) for i in [*left, *self.finished]}
+        return [i for i in left if self._passes(i, views)]
+
+    def affordable(self, parent: int, committed: int) -> int:
+        """Runs from `parent` to the limit for which the token budget has room beside `committed` tokens."""
+        budget = self.rules.max_tree_tokens
+        if budget is None:
+            return self.rules.width
+        free = budget - sum(len(segment) for segment in self.segments) - committed
+        return max(0, free // self.rest(parent))
+
+    def saved_tokens(self) -> int:
+        """Tokens that paths which were pruned, or ended by repetition, lack to the mean length of the others."""
+        repeated = [i for i in self.finished if self.segments[i].stop is StopReason.REPETITION]
+        others = [self.end(i) for i in self.finished if i not in repeated]
+        if not others:
+            return 0
+        mean = sum(others) / len(others)
+        return round(sum(max(0.0, mean - self.end(i)) for i in [*self.pruned, *repeated]))
+
+    def num_cut_short(self) -> int:
+        """Paths that were pruned or ended by repetition."""
+        stops = (self.segments[i].stop for i in self.finished)
+        return len(self.pruned) + sum(stop is StopReason.REPETITION for stop in stops)
+
+    def last_level_logprob(self, i: int) -> float:
+        """Mean log-prob of the last level of the path that ends in `i`, in nats."""
+        level = self.segments[i].level
+        parts = [self.segments[k] for k in self.path(i) if self.segments[k].level == level]
+        logprobs = np.concatenate([segment.behavior_logprobs for segment in parts])
+        return float(np.mean(logprobs, dtype=np.float64))
+
+    def path(self, parent: int) -> tuple[int, ...]:
+        """Segment indices from the prompt down to `parent`."""
+        return path_of(self.segments, parent)
+
+    def _view(self, i: int) -> PartialPath:
+        path = [self.segments[k] for k in self.path(i)]
+        return PartialPath(
+            np.concatenate([segment.token_ids for segment in path]),
+            np.concatenate([segment.behavior_logprobs for segment in path]),
+        )
+
+    def _passes(self, i: int, views: dict[int, PartialPath]) -> bool:
+        if len(self.pruned) >= self.rules.width:
+            # an end to trees whose paths are all poor
+            return True
+        verdict = judge(
+            self.prune,
+            views[i],
+            list(views.values()),
+            level=self.segments[i].level,
+            level_logprob=self.last_level_logprob(i),
+            rng=self.rng,
+        )
+        if verdict is PRUNE:
+            self._prune(i)
+        elif verdict.inclusion < 1:
+            self.segments[i] = replace(self.segments[i], inclusion=verdict.inclusion)
+        return not verdict.is_pruned
+
+    def _is_stale(self, i: int) -> bool:
+        if self.prune.max_staleness is None:
+            return False
+        newest = max(segment.policy_version.step for segment in self.segments)
+        oldest = min(self.segments[k].policy_version.step for k in self.path(i))
+        return oldest < newest - self.prune.max_staleness
+
+    def _prune(self, i: int) -> None:
+        self.segments[i] = replace(self.segments[i], stop=StopReason.PRUNED)
+        self.pruned.append(i)
+        if not self.prune.refill:
+            self.width -= 1
