@@ -373,6 +373,9 @@ class FakeSGLang:
             "output_token_logprobs": [[p, t, None] for p, t in zip(logprobs, tokens, strict=True)],
             "e2e_latency": 0.001,
         }
+        if number == 0:
+            # SGLang's habit while other requests run
+            meta["output_token_logprobs"] = [[-0.5, 2, None]]
         if "top_logprobs_num" in body:
             row = [[math.log(0.5), 2, None], [math.log(0.25), 3, None]]
             meta["output_top_logprobs"] = [row] * number

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import aiohttp
@@ -297,6 +298,34 @@ async def test_a_watched_request_that_runs_out_is_whole(house, models):
     )
     assert len(completion.run) == 50
     assert gap_to(models[BASE], prefix, completion.run) < CLOSE
+
+
+async def test_a_prompt_is_put_into_the_cache_at_once_while_others_run(house):
+    await house.use(BASE)
+    prefixes = [prompt_tokens(90 + seed, 140) for seed in range(8)]
+    engine = CountingClient(house.client)
+    # prefilled in one batch with requests that want tokens
+    others = [house.sample(prompt_tokens(110 + seed, 20)) for seed in range(8)]
+    await asyncio.gather(*map(engine.warm, prefixes), *others)
+    assert engine.num_requests == len(prefixes), "none was refused and asked for again"
+    for prefix in prefixes:
+        assert (await house.sample(prefix)).cached_tokens == 139
+
+
+class CountingClient:
+    """Warms prompts, and counts the requests that it took."""
+
+    def __init__(self, client):
+        self.client, self.num_requests = copy(client), 0
+        self.client._request = self._counted
+        self._request = client._request
+
+    async def warm(self, prefix):
+        await self.client.warm(prefix, sampling=SamplingSettings(1.0, (EOS,)))
+
+    async def _counted(self, *arguments):
+        self.num_requests += 1
+        return await self._request(*arguments)
 
 
 async def test_the_entropy_at_a_boundary_is_that_of_the_judge_up_to_its_tail(house, models):

@@ -95,7 +95,9 @@ def completion_of(
     meta = answer["meta_info"]
     if meta["finish_reason"]["type"] == "abort" and not was_aborted:
         raise EngineError(f"SGLang aborted the request: {meta['finish_reason'].get('message')}")
-    logprobs = np.array([row[0] for row in meta["output_token_logprobs"]], dtype=np.float32)
+    # asked for no token, SGLang often tells the log-prob of one that it then leaves out, if others run beside it
+    rows = meta["output_token_logprobs"] if answer["output_ids"] else []
+    logprobs = np.array([row[0] for row in rows], dtype=np.float32)
     if not np.isfinite(logprobs).all():
         raise EngineError("SGLang gave log-probs that are not finite")
     top = meta.get("output_top_logprobs")
