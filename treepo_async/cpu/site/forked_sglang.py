@@ -2,7 +2,8 @@
 
 Three processes that each import SGLang cost most of a start on CPU; forked, the scheduler and the
 detokenizer begin with what the server has imported. A CUDA context does not survive a fork, so
-this is for machines without one. Everything else is `sglang.launch_server`, with its flags.
+this is for machines without one. Attention gets `sglang_attention`. Everything else is
+`sglang.launch_server`, with its flags.
 
 Invariant: the start method is chosen once, here, and SGLang's own choice is ignored.
 """
@@ -18,4 +19,7 @@ def keep_fork(method=None, force=False):
 if __name__ == "__main__":
     multiprocessing.set_start_method("fork")
     multiprocessing.set_start_method = keep_fork
+    from sglang_attention import install
+
+    install()
     runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
