@@ -99,6 +99,18 @@ def test_a_change_anywhere_in_small_weights_changes_the_model(model_dir):
     assert len(digests) == 4
 
 
+def test_of_large_weights_the_whole_length_is_sampled(model_dir):
+    size = 16 * 2**20
+    digests = set()
+    for place in (None, 0, size // 2, size - size // 64):
+        content = bytearray(size)
+        if place is not None:
+            content[place] = 1
+        (model_dir / "model.safetensors").write_bytes(content)
+        digests.add(model_digest(model_dir))
+    assert len(digests) == 4
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "extra": 3}'])
 def test_what_describes_no_job_is_refused(text):
     with pytest.raises(DataError):

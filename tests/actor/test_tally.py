@@ -63,6 +63,8 @@ def test_time_before_growing_does_not_count(clock):
     clock.seconds += 2
     tally.add(tree_with())
     assert "0.50 trees/s" in tally.line()
+    tally.end()
+    clock.seconds += 1000
     assert any("2 s, 0.50 trees/s" in line for line in tally.summary())
 
 

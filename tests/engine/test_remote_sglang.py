@@ -70,8 +70,10 @@ async def test_a_server_that_somebody_else_started_is_used(server):
         sampling = SamplingSettings(1.0, ())
         completions = await client.extend([5, 6], num_runs=3, max_new_tokens=9, sampling=sampling)
         await engine.confirm()
-    spans = [tuple(map(tuple, completion.run.spans)) for completion in completions]
-    assert spans == [((VERSION, 9, False),)] * 3
+    for completion in completions:
+        # one may end early
+        assert 1 <= len(completion.run) <= 9
+        assert completion.run.spans == ((VERSION, len(completion.run), False),)
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,7 @@ class Standalone:
         except BaseExceptionGroup as group:
             raise _first(group) from group
         finally:
+            self.tally.end()
             self.tally.restarts = engine.num_restarts
             self.tally.failures = scoring.failures
 

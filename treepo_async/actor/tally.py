@@ -51,6 +51,7 @@ class Tally:
     """Sums of rewards and accuracies of those that were scored."""
     _scored: int = 0
     _began: float = field(init=False)
+    _ended: float | None = None
     _marks: deque[_Mark] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +61,10 @@ class Tally:
         """Growing begins now: rates count from here."""
         self._began = self.clock()
         self._marks = deque([_Mark(self._began, 0, 0, 0)])
+
+    def end(self) -> None:
+        """Growing has ended: what comes now takes time for other things."""
+        self._ended = self.clock()
 
     def add(self, tree: Tree) -> None:
         """A prompt has its tree."""
@@ -106,7 +111,7 @@ class Tally:
 
     def summary(self) -> list[str]:
         """All of it, a line for each thing."""
-        costs, seconds = self.costs, self.clock() - self._began
+        costs, seconds = self.costs, (self._ended or self.clock()) - self._began
         ratio = _ratio(costs["decoded"], costs["delivered"])
         mean_length = _ratio(costs["delivered"], self._whole, ".1f")
         reward, accuracy = (_ratio(total, self._scored, "+.3f") for total in self._rewards)
@@ -125,7 +130,7 @@ class Tally:
         if self.trees or self.errors or self.restarts:
             rows += [
                 ("errors", f"{self.errors} attempts failed, {self.restarts} engine restarts"),
-                ("time", f"{duration(seconds)}, {_ratio(self.trees, seconds)} trees/s, without the start of the engine"),
+                ("time", f"{duration(seconds)}, {_ratio(self.trees, seconds)} trees/s, without the engine's start and stop"),
             ]  # fmt: skip
         return [f"  {name:<10} {text}" for name, text in rows]
 
