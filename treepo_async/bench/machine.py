@@ -1,0 +1,59 @@
+"""What a benchmark ran on: processor, memory, versions, commit, command line, date."""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+
+from treepo_async.cpu.environment import cuda_present, environment
+
+PACKAGES = ("sglang", "torch", "transformers", "numpy", "aiohttp")
+_REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def note(file: Path) -> None:
+    """Append this process's environment to a JSON list, one entry for each time a benchmark was started."""
+    entries = json.loads(file.read_text()) if file.exists() else []
+    file.write_text(json.dumps([*entries, describe()], indent=2) + "\n")
+
+
+def describe() -> dict[str, object]:
+    """This machine, this code and this command."""
+    threads = environment(inherited=os.environ).get("OMP_NUM_THREADS")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "commit": _git("rev-parse", "HEAD"),
+        "is_modified": bool(_git("status", "--porcelain")),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "load_average": os.getloadavg(),
+        "cuda": cuda_present(),
+        "engine_threads": threads,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def _git(*words: str) -> str | None:
+    """Its answer; None outside of a checkout."""
+    command = ["git", "-C", str(_REPOSITORY), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
