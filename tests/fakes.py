@@ -180,7 +180,7 @@ class ScriptedEngine:
         is_cached: bool = True,
         watch: Watch | None = None,
     ) -> list[Completion]:
-        """See `EngineClient.extend`; a watch looks after every `every_tokens`."""
+        """See `EngineClient.extend`; a watch looks at the first token and after every `every_tokens` more."""
         prefix, call, is_watched = list(prefix), len(self.requests), watch is not None
         self.requests.append(
             Request(prefix, num_runs, max_new_tokens, sampling, least_step, is_cached, is_watched)
@@ -213,8 +213,8 @@ class ScriptedEngine:
         wanted = (self.script or self._draw)(prefix, number, is_greedy)
         tokens = list(wanted)[:max_new_tokens]
         if watch is not None:
-            looks = range(watch.every_tokens, len(tokens), watch.every_tokens)
-            tokens = tokens[: next((n for n in looks if watch.is_over(tokens[:n])), len(tokens))]
+            is_over, looks = watch.begin(), range(1, len(tokens), watch.every_tokens)
+            tokens = tokens[: next((n for n in looks if is_over(tokens[:n])), len(tokens))]
         self.runs.append(tokens)
         logprobs = [logprob_of(token, len(prefix) + i) for i, token in enumerate(tokens)]
         return Completion(
@@ -391,7 +391,7 @@ class FakeSGLang:
         abort = self.running[body["rid"]] = asyncio.Event()
         number, every = len(whole["output_ids"]), body["sampling_params"]["stream_interval"]
         fault = self.generate_faults.popleft() if self.generate_faults else ""
-        for sent in [1, *range(every, number, every)]:
+        for sent in range(1, number, every):
             await response.write(_event(_head(whole, sent, None)))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.latency_s):
@@ -403,8 +403,13 @@ class FakeSGLang:
         reason = {"type": "abort", "message": "Aborted"} if abort.is_set() else {"type": "length"}
         if fault == "abort":
             reason = {"type": "abort", "message": "somebody else's"}
+        last = _head(whole, number, reason)
+        if fault == "waits":
+            # aborted in the queue, where SGLang keeps requests whose KV cache it took
+            for name in ("prompt_tokens", "cached_tokens", "e2e_latency"):
+                del last["meta_info"][name]
         if fault != "drop":
-            await response.write(_event(_head(whole, number, reason)) + b"data: [DONE]\n\n")
+            await response.write(_event(last) + b"data: [DONE]\n\n")
         return response
 
     def _scored(self, ids: list[int]) -> dict[str, Any]:

@@ -196,6 +196,13 @@ class Tree:
         stops = (self.segments[leaf].stop for leaf in self.leaves)
         return np.array([stop is not StopReason.PRUNED for stop in stops], dtype=np.bool_)
 
+    @cached_property
+    def whole_segments(self) -> tuple[Segment, ...]:
+        """Segments of trajectories, without those of pruned paths alone; all of them where no path is whole."""
+        leaves = [leaf for leaf, whole in zip(self.leaves, self.is_whole_L, strict=True) if whole]
+        kept = {i for leaf in leaves for i in self.path(leaf)}
+        return tuple(self.segments[i] for i in sorted(kept)) or self.segments
+
     def check(self) -> None:
         """Raise TreeError, naming the field, unless every invariant of the class holds."""
         if len(self.prompt.token_ids) == 0:

@@ -213,9 +213,9 @@ async def test_a_long_request_is_ended_at_its_stop_and_what_came_behind_is_waste
     (other,), watched_cost = await grow_leaf(scripted(text), watched)
     assert one == other == r"abc\boxed{7}"
     assert whole_cost.decoded_tokens == 72
-    # looked at every segment of four, and the box ends on the twelfth token
-    assert watched_cost.decoded_tokens == 12
-    assert watched_cost.wasted_tokens == 0
+    # looked at after 1, 9 and 17 tokens, and the box ends on the twelfth
+    assert watched_cost.decoded_tokens == 17
+    assert watched_cost.wasted_tokens == 5
 
 
 async def grow_leaf(engine, settings):
@@ -237,6 +237,30 @@ def test_watching_a_request_never_changes_its_tree(text, stream):
         (s.parent, s.token_ids.tolist(), s.stop) for s in second
     ]
     assert second_cost.decoded_tokens <= first_cost.decoded_tokens
+
+
+async def test_an_end_of_sequence_behind_a_box_is_waited_for():
+    """The look after nine tokens sees the box, and not yet what belongs to it."""
+    rules = {"width": 1, "first_fork_min": 1, "first_fork_max": 1, "max_depth": 20}
+    settings = replace(ascii_settings(**rules, fallback="none"), stream_tokens=8)
+    segments, cost = await grow(scripted(r"\boxed{7}$" + "x" * 60), settings)
+    assert segments[-1].stop is StopReason.EOS
+    assert cost.decoded_tokens == 17
+
+
+async def test_repetition_is_seen_in_every_run_of_a_request():
+    rules = {"width": 4, "first_fork_min": 4, "first_fork_max": 4, "max_depth": 20}
+    settings = replace(ascii_settings(**rules, fallback="none"), stream_tokens=4)
+    _, cost = await grow(scripted("aaaa" * 20), settings)
+    # the first segment repeats itself in its third token; looked at after 1 and 5
+    assert cost.decoded_tokens == 4 * 5
+
+
+async def test_nothing_is_watched_where_nothing_but_the_engine_ends_a_path():
+    engine = ScriptedEngine(eos_rate=0.0)
+    stops = replace(SETTINGS.stops, boxed_end=None, repetition_count=0)
+    await grow(engine, replace(SETTINGS, stream_tokens=4, stops=stops))
+    assert not any(r.is_watched for r in engine.requests)
 
 
 async def test_only_requests_beyond_the_limit_are_watched():
@@ -299,8 +323,13 @@ async def test_a_pruned_path_costs_what_it_decoded_and_says_what_it_saved():
 async def test_entropy_is_asked_for_only_where_forks_are_split_by_it():
     settings = ascii_settings(split="entropy")
     settings = replace(settings, sampling=replace(settings.sampling, num_top_logprobs=5))
-    segments, provenance = await grow(ScriptedEngine(eos_rate=0.0), settings)
+    engine = ScriptedEngine(eos_rate=0.0)
+    segments, provenance = await grow(engine, settings)
     assert len(tree_of(segments, provenance, settings).leaves) == 6
+    asked = {r.max_new_tokens: r.sampling.num_top_logprobs for r in engine.requests}
+    # forks may follow a segment, and none follows a path that runs to its end
+    assert asked.pop(4) == 5
+    assert set(asked.values()) == {0}
 
 
 @pytest.mark.parametrize(("step", "temperature"), [(0, 5.0), (5, 3.0), (10, 1.0)])

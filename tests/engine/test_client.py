@@ -308,7 +308,7 @@ async def test_the_time_without_a_server_costs_one_attempt_however_long_it_is():
 
 
 def watch(is_over, every_tokens=4):
-    return Watch(every_tokens, is_over)
+    return Watch(every_tokens, lambda: is_over)
 
 
 async def test_a_watched_request_that_is_not_over_returns_what_any_other_returns():
@@ -335,9 +335,32 @@ async def test_a_watch_sees_the_tokens_grow_and_ends_the_request():
         (completion,) = await extend(client, max_new_tokens=40, watch=watch(is_over))
         (body,) = sglang.bodies("/generate")
         assert sglang.bodies("/abort_request") == [{"rid": body["rid"]}]
-    assert seen == [1, 4, 8]
+    assert seen == [1, 5, 9]
     # the engine decodes on until the abort reaches it; those tokens are told, too
-    assert len(completion.run) == 10
+    assert len(completion.run) == 11
+
+
+async def test_each_request_is_watched_by_itself():
+    begun = []
+
+    def begin():
+        begun.append([])
+        return lambda token_ids: begun[len(begun) - 1].append(len(token_ids))
+
+    async with connected() as (_, _, client):
+        await extend(client, num_runs=3, max_new_tokens=6, watch=Watch(4, begin))
+    assert len(begun) == 3
+
+
+async def test_a_request_that_was_aborted_while_it_waited_keeps_its_tokens():
+    faults = deque(["waits"])
+    async with connected(latency_s=0.05, generate_faults=faults) as (sglang, _, client):
+        (completion,) = await extend(
+            client, max_new_tokens=40, watch=watch(lambda tokens: len(tokens) > 4)
+        )
+        assert len(sglang.bodies("/generate")) == 1
+    assert (completion.prefix_tokens, completion.cached_tokens) == (3, 0)
+    assert len(completion.run) == 7
 
 
 async def test_an_abort_by_somebody_else_is_tried_again():

@@ -276,7 +276,7 @@ async def test_a_watched_request_ends_in_the_engine_and_keeps_its_log_probs(hous
         num_runs=1,
         max_new_tokens=CONTEXT - 40,
         sampling=SamplingSettings(1.0, ()),
-        watch=Watch(8, is_over),
+        watch=Watch(8, lambda: is_over),
     )
     await wait_idle(house.server)
     tokens = completion.run.token_ids.tolist()
@@ -294,7 +294,7 @@ async def test_a_watched_request_that_runs_out_is_whole(house, models):
         num_runs=1,
         max_new_tokens=50,
         sampling=SamplingSettings(1.0, ()),
-        watch=Watch(8, lambda _: False),
+        watch=Watch(8, lambda: lambda _: False),
     )
     assert len(completion.run) == 50
     assert gap_to(models[BASE], prefix, completion.run) < CLOSE

@@ -86,4 +86,5 @@ def test_a_pruned_path_is_no_trajectory_and_no_reward_error():
     )
     found = summarize([pruned], PolicyVersion(0, 6))
     assert (found["num_trajectories"], found["reward_errors"]) == (1, 0)
-    assert (found["response_tokens_mean"], found["num_unique_tokens"]) == (2.0, 6)
+    assert found["staleness_max"] == 0, "the older tokens are not trained"
+    assert (found["response_tokens_mean"], found["num_unique_tokens"]) == (2.0, 2)

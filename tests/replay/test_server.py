@@ -3,7 +3,7 @@ import contextlib
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -235,6 +235,24 @@ async def test_a_tree_put_twice_is_acknowledged_as_a_duplicate():
         assert await actor.put(lease, tree_for(lease, token_id=9)) == "duplicate"
         stored = decode_tree(served.server.spool.read(lease.lease_id))
     assert stored.segments[0].token_ids[0] == 7, "the first one stays"
+
+
+async def test_the_age_of_a_pruned_path_does_not_make_its_tree_stale():
+    async with serving(ScriptedPrompts(), max_staleness=0) as served:
+        actor, learner = await served.peer("actor-0"), await served.peer("learner-0")
+        for lease in [await actor.lease() for _ in range(2)]:
+            await actor.put(lease, tree_for(lease))
+        await learner.batch(0)
+        await learner.ask(Published(step=1, consumed_step=0))
+        lease = await actor.lease()
+        tree = tree_for(lease, step=1)
+        old = replace(tree.segments[0], policy_version=PolicyVersion(0, 0), stop=StopReason.PRUNED)
+        values = np.array([1, 0, np.nan], np.float32)
+        tree = replace(tree, segments=(*tree.segments, old), rewards_L=values, accuracies_L=values)
+        assert await actor.put(lease, tree) == "accepted"
+        other = await actor.lease()
+        with pytest.raises(RefusedError, match="stale"):
+            await actor.put(other, tree_for(other, step=0))
 
 
 async def test_a_degenerate_tree_is_dropped_and_its_place_given_again_at_staleness_zero():

@@ -338,6 +338,18 @@ def test_a_lone_leaf_counts_as_spread_if_it_was_scored(accuracy, spread):
     assert has_spread(replace(tree, accuracies_L=np.array([accuracy], "f4"))) is spread
 
 
+def test_a_pruned_path_beside_a_lone_trajectory_does_not_count_for_its_spread():
+    tree = vector("C1_binary_depth2")
+    pruned = [
+        replace(s, stop=StopReason.PRUNED) if i in tree.leaves[1:] else s
+        for i, s in enumerate(tree.segments)
+    ]
+    accuracies_L = np.array([1, np.nan, np.nan, np.nan], "f4")
+    assert has_spread(replace(tree, segments=tuple(pruned), accuracies_L=accuracies_L))
+    # where they are whole and could not be scored, one accuracy is no spread
+    assert not has_spread(replace(tree, accuracies_L=accuracies_L))
+
+
 def test_random_trees_have_groups_at_every_level_and_pruned_leaves():
     """Control: the property tests above are not about trees without forks."""
     trees = [any_tree(seed) for seed in range(20)]

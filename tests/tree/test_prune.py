@@ -113,6 +113,16 @@ def test_a_tree_whose_paths_are_all_poor_ends_all_the_same(drive, kind):
     assert len(growth.tree.finished) == RULES.width
 
 
+@pytest.mark.parametrize(("drive", "kind"), [(grow, "barrier"), (grow_eagerly, "eager")])
+@pytest.mark.parametrize("rules", [{"fallback": "none"}, {}])
+@pytest.mark.parametrize("refill", [True, False])
+def test_no_tree_is_left_without_a_complete_path(drive, kind, rules, refill):
+    prune = PruneRules(min_logprob=-0.5, refill=refill)
+    rules = replace(RULES, growth=kind, **rules)
+    growth, _ = drive(rules, ScriptedEngine(random.Random(0)), prune=prune)
+    assert len(growth.tree.finished) >= 1
+
+
 @settings(deadline=None, max_examples=300)
 @given(
     seed=st.integers(0, 10_000),
@@ -148,11 +158,25 @@ def test_a_path_too_old_for_any_batch_is_pruned_and_others_are_not():
     assert growth.tree.pruned == [0]
 
 
-def add(growth, extension, *, step):
+def test_no_fallback_hangs_on_a_prefix_that_is_too_old():
+    rules = replace(RULES, width=2, first_fork_min=1, first_fork_max=1, branching_factor=1)
+    starts = set()
+    for seed in range(20):
+        growth = start_growth(rules, random.Random(seed), PruneRules(max_staleness=1))
+        (first,) = growth.start()
+        (second,) = add(growth, first, step=5)
+        (third,) = add(growth, second, step=6)
+        (fallback,) = add(growth, third, step=7, stop=StopReason.EOS)
+        starts.add(fallback.start)
+    # behind the first level there are tokens of step 5, beside tokens of step 7
+    assert starts == {0}
+
+
+def add(growth, extension, *, step, stop=None):
     num_tokens = extension.max_new_tokens
     logprobs = np.full(num_tokens, -1.0, np.float32)
     spans = (VersionSpan(PolicyVersion(0, step), num_tokens),)
-    return growth.add(extension, Run(np.arange(num_tokens, dtype=np.int32), logprobs, spans), None)
+    return growth.add(extension, Run(np.arange(num_tokens, dtype=np.int32), logprobs, spans), stop)
 
 
 def test_saved_tokens_are_what_cut_paths_lack_to_the_mean_of_the_others():

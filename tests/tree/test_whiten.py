@@ -109,6 +109,14 @@ def test_control_whitening_with_unit_weights_would_differ():
     assert not np.allclose(unit, whiten([raw], [tree.num_tokens_L])[0], atol=1e-2)
 
 
+def test_plain_lists_are_whitened_like_arrays_and_nothing_stays_nothing():
+    (found,) = whiten([[1.0, 2.0]], [[3, 4]])
+    (expected,) = whiten([np.array([1.0, 2.0])], [np.array([3, 4])])
+    np.testing.assert_array_equal(found, expected)
+    assert whiten([], []) == []
+    assert batch_advantages([], "treepo", whitened=True) == []
+
+
 @pytest.mark.parametrize("value", [np.nan, 2.0])
 def test_whitening_fewer_than_two_tokens_changes_nothing(value):
     found = whiten([np.array([value])], [np.array([1])])

@@ -5,7 +5,7 @@ Waits: for the next completion of this tree (the engine client has the deadline)
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from treepo_async.tree.growth import Growth, start_growth
 from treepo_async.tree.rules import GrowthRules, PruneRules
 from treepo_async.tree.split import temperature_at
 from treepo_async.tree.stopping import StopRules, find_stop
-from treepo_async.types import ROOT, Prompt, Provenance, Segment
+from treepo_async.types import ROOT, Prompt, Provenance, Segment, StopReason
 
 
 class Engine(Protocol):
@@ -122,7 +122,7 @@ class Expansion:
                 self._prefix(extension.parent),
                 num_runs=extension.num_runs,
                 max_new_tokens=extension.max_new_tokens,
-                sampling=self.settings.sampling,
+                sampling=self._sampling(extension),
                 least_step=self.least_step,
                 is_cached=extension.parent != ROOT or extension.num_runs == 1,
                 watch=self._watch(extension),
@@ -155,32 +155,58 @@ class Expansion:
     def _prefix(self, parent: int) -> list[int]:
         return [*self.prompt.token_ids.tolist(), *_response(self.growth.tree, parent)]
 
+    def _sampling(self, extension: Extension) -> SamplingSettings:
+        """With what the entropy needs where forks may follow."""
+        sampling = self.settings.sampling
+        is_last = extension.max_new_tokens > self.settings.growth.segment_tokens
+        return replace(sampling, num_top_logprobs=0) if is_last else sampling
+
     def _watch(self, extension: Extension) -> Watch | None:
-        """Looks for a stop in what a long request has sampled, a segment at a time."""
-        segment_tokens = self.settings.growth.segment_tokens
-        if not 0 < self.settings.stream_tokens < extension.max_new_tokens:
+        """Looks for a stop in what long requests have sampled."""
+        settings, segment_tokens = self.settings, self.settings.growth.segment_tokens
+        every_tokens = max(settings.stream_tokens, segment_tokens)
+        if settings.stream_tokens == 0 or extension.max_new_tokens <= every_tokens:
+            return None
+        if settings.stops.boxed_end is None and settings.stops.repetition_count == 0:
+            # what ends a path then is the engine's own business
             return None
         before = _response(self.growth.tree, extension.parent)
-        num_seen = 0
 
-        def is_over(token_ids: Sequence[int]) -> bool:
-            nonlocal num_seen
-            tokens = list(token_ids)
-            # from the segment on in which the last look ended: repetition is counted within one
-            begin = max(0, num_seen - (extension.start + num_seen) % segment_tokens)
-            num_seen = len(tokens)
-            return (
-                find_stop(
-                    self.settings.stops,
-                    [*before, *tokens[:begin]],
-                    tokens[begin:],
-                    start=extension.start + begin,
-                    segment_tokens=segment_tokens,
-                )
-                is not None
-            )
+        def begin() -> Callable[[Sequence[int]], bool]:
+            return _Look(settings.stops, before, segment_tokens).is_over
 
-        return Watch(segment_tokens, is_over)
+        return Watch(every_tokens, begin)
+
+
+@dataclass
+class _Look:
+    """Looks again and again for a stop in the growing tokens of one request."""
+
+    stops: StopRules
+    before: Sequence[int]
+    """Response tokens of the path that it continues."""
+    segment_tokens: int
+    _num_seen: int = 0
+
+    def is_over(self, token_ids: Sequence[int]) -> bool:
+        """Whether the tokens so far hold a stop that no further token would change."""
+        tokens, start = list(token_ids), len(self.before)
+        # from the segment on in which the last look ended: repetition is counted within one
+        begin = max(0, self._num_seen - (start + self._num_seen) % self.segment_tokens)
+        self._num_seen = len(tokens)
+        stop = find_stop(
+            self.stops,
+            [*self.before, *tokens[:begin]],
+            tokens[begin:],
+            start=start + begin,
+            segment_tokens=self.segment_tokens,
+        )
+        if stop is None:
+            return False
+        kept, reason = stop
+        # an end of sequence right behind a box belongs to it, and may come with the next token
+        is_settled = begin + kept < len(tokens) or (start + len(tokens)) % self.segment_tokens == 0
+        return reason is not StopReason.BOXED or is_settled
 
 
 async def expand(

@@ -4,6 +4,9 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import numpy as np
 
 from treepo_async.actor.expand import ExpandSettings
 from treepo_async.config.schema import PruneConfig, TreeConfig
@@ -18,6 +21,8 @@ from treepo_async.tree.stopping import StopRules
 
 TOP_LOGPROBS = 20
 """Tokens by which the entropy at a boundary is estimated."""
+
+KEPT_TEXTS = 1024
 
 TextValue = Callable[[str, Sequence[str]], float]
 """From the text of a path so far, and of all paths of its tree, to its value."""
@@ -78,9 +83,14 @@ def path_value(name: str | None, decode: Callable[[Sequence[int]], str]) -> Valu
         return mean_logprob
     of_text = agreement if name == "agreement" else _import(name)
 
+    # all paths of a tree are looked at once for each of them
+    @lru_cache(maxsize=KEPT_TEXTS)
+    def text_of(token_ids: bytes) -> str:
+        return decode(np.frombuffer(token_ids, np.int32).tolist())
+
     def value(path: PartialPath, paths: Sequence[PartialPath]) -> float:
-        texts = [decode(other.token_ids.tolist()) for other in paths]
-        return _contained(name, of_text, decode(path.token_ids.tolist()), texts)
+        texts = [text_of(other.token_ids.tobytes()) for other in paths]
+        return _contained(name, of_text, text_of(path.token_ids.tobytes()), texts)
 
     return value
 

@@ -32,12 +32,12 @@ class Completion:
 
 
 class Watch(NamedTuple):
-    """Looks at the tokens of a running request and ends it."""
+    """Looks at the tokens of running requests and ends them."""
 
     every_tokens: int
-    """Between two looks."""
-    is_over: Callable[[Sequence[int]], bool]
-    """Whether the tokens so far need no continuation."""
+    """Between two looks, the first of which is at the first token."""
+    begin: Callable[[], Callable[[Sequence[int]], bool]]
+    """Gives, for each request anew, what says whether its tokens so far need no continuation."""
 
 
 async def read_stream(
@@ -57,7 +57,7 @@ async def read_stream(
         EngineError: the stream ended without its end mark.
         ValueError: an event is no JSON.
     """
-    buffer, newest, is_over = b"", b"{}", False
+    buffer, newest, is_over, needs_no_more = b"", b"{}", False, watch.begin()
     async for chunk in chunks:
         *events, buffer = (buffer + chunk).split(b"\n\n")
         payloads = [event.removeprefix(b"data: ") for event in events]
@@ -65,7 +65,7 @@ async def read_stream(
             return json.loads(payloads[-2] if len(payloads) > 1 else newest), is_over
         if payloads:
             newest = payloads[-1]
-            if not is_over and watch.is_over(json.loads(newest)["output_ids"]):
+            if not is_over and needs_no_more(json.loads(newest)["output_ids"]):
                 is_over = True
                 await abort()
     raise EngineError("the stream ended early")
@@ -77,7 +77,7 @@ def completion_of(
     mode: UpdateMode | None,
     *,
     wall_s: float,
-    was_aborted: bool = False,
+    aborted_prefix: int | None = None,
 ) -> Completion:
     """Read an answer.
 
@@ -86,14 +86,17 @@ def completion_of(
         version: under which the request was submitted.
         mode: of updates, see `version_spans`.
         wall_s: of the request.
-        was_aborted: whether its abort was wanted.
+        aborted_prefix: tokens of the prefix, where its abort was wanted: a request that is aborted while it waits, as
+            one does whose KV cache was taken from it, does not say them.
 
     Raises:
         EngineError: it was aborted by somebody else, or says what cannot be.
         LookupError, TypeError, ValueError: it has another form.
     """
     meta = answer["meta_info"]
-    if meta["finish_reason"]["type"] == "abort" and not was_aborted:
+    if aborted_prefix is not None:
+        meta = {"prompt_tokens": aborted_prefix, "cached_tokens": 0, "e2e_latency": wall_s, **meta}
+    elif meta["finish_reason"]["type"] == "abort":
         raise EngineError(f"SGLang aborted the request: {meta['finish_reason'].get('message')}")
     # asked for no token, SGLang often tells the log-prob of one that it then leaves out, if others run beside it
     rows = meta["output_token_logprobs"] if answer["output_ids"] else []

@@ -186,7 +186,11 @@ class EngineClient:
                     said, was_aborted = await read_stream(answer.content.iter_any(), watch, abort)
             wall_s = clock() - begin
             return completion_of(
-                said, version, self._update_mode, wall_s=wall_s, was_aborted=was_aborted
+                said,
+                version,
+                self._update_mode,
+                wall_s=wall_s,
+                aborted_prefix=len(body["input_ids"]) if was_aborted else None,
             )
         except (asyncio.CancelledError, TimeoutError):
             await self._abort(request_id)

@@ -16,14 +16,14 @@ def summarize(trees: Sequence[Tree], version: PolicyVersion) -> dict[str, float]
         version: of the weights that train on it; staleness counts from it.
 
     Returns:
-        Means over trajectories, pruned paths left out, for reward, accuracy and response length; staleness over
-        segments, weighted with their tokens, and its maximum; the share of the tokens that no run of weights sampled,
+        Means over trajectories, pruned paths left out here and below, for reward, accuracy and response length;
+        staleness over segments, weighted with their tokens, and its maximum; the share of the tokens that no run of weights sampled,
         which have no staleness (NaN where there are no others).
     """
     rewards = np.concatenate([tree.rewards_L[tree.is_whole_L] for tree in trees])
     accuracies = np.concatenate([tree.accuracies_L[tree.is_whole_L] for tree in trees])
     lengths = np.concatenate([tree.num_tokens_L[tree.is_whole_L] for tree in trees])
-    segments = [segment for tree in trees for segment in tree.segments]
+    segments = [segment for tree in trees for segment in tree.whole_segments]
     tokens = np.array([len(segment) for segment in segments])
     sampled_here = np.array([s.policy_version.lineage != NO_LINEAGE for s in segments])
     staleness = np.array([version.step - segment.policy_version.step for segment in segments])

@@ -181,7 +181,7 @@ class ReplayServer:
         outcome = self.queue.accept(
             message.lease_id,
             message.attempt,
-            oldest_step=min(s.policy_version.step for s in tree.segments),
+            oldest_step=min(s.policy_version.step for s in tree.whole_segments),
             has_spread=has_spread(tree),
             is_scored=bool(np.isfinite(tree.rewards_L).any()),
         )

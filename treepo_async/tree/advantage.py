@@ -127,7 +127,7 @@ def has_spread(tree: Tree) -> bool:
     A lone leaf counts as spread. Leaves whose scoring failed do not count; with none left there is no spread.
     """
     known = tree.accuracies_L[np.isfinite(tree.accuracies_L)]
-    return len(known) > 0 and (len(tree.leaves) == 1 or bool(known.max() > known.min()))
+    return len(known) > 0 and (int(tree.is_whole_L.sum()) == 1 or bool(known.max() > known.min()))
 
 
 def _estimate(

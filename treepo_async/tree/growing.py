@@ -90,16 +90,23 @@ class GrowingTree:
         self.finished.append(last)
         return None
 
-    def without_pruned(self, survivors: list[int]) -> list[int]:
-        """Prune what the rules say among the paths that could go on. Gives the others."""
-        stale = [i for i in survivors if self._is_stale(i)]
+    def without_pruned(self, survivors: list[int], num_others: int = 0) -> list[int]:
+        """Prune what the rules say among the paths that could go on. Gives the others.
+
+        Args:
+            survivors: last segments of these paths.
+            num_others: paths that are active beside them.
+        """
+        stale = [i for i in survivors if self.is_stale(i)]
         for i in stale:
             self._prune(i)
         left = [i for i in survivors if i not in stale]
+        num_active = len(left) + num_others
         if not self.prune.judges:
             return left
-        views = {i: self._view(i) for i in [*left, *self.finished]}
-        return [i for i in left if self._passes(i, views)]
+        judged = [*left, *self.finished] if self.prune.value is not None else left
+        views = {i: self._view(i) for i in judged}
+        return [i for i in left if self._passes(i, views, num_active)]
 
     def affordable(self, parent: int, committed: int) -> int:
         """Runs from `parent` to the limit for which the token budget has room beside `committed` tokens."""
@@ -141,9 +148,11 @@ class GrowingTree:
             np.concatenate([segment.behavior_logprobs for segment in path]),
         )
 
-    def _passes(self, i: int, views: dict[int, PartialPath]) -> bool:
-        if len(self.pruned) >= self.rules.width:
-            # an end to trees whose paths are all poor
+    def _passes(self, i: int, views: dict[int, PartialPath], num_before: int) -> bool:
+        pruned_now = sum(k in views for k in self.pruned)
+        is_last = not self.finished and num_before - pruned_now == 1
+        if len(self.pruned) >= self.rules.width or is_last:
+            # an end to trees whose paths are all poor, and no tree without a complete path
             return True
         verdict = judge(
             self.prune,
@@ -159,8 +168,9 @@ class GrowingTree:
             self.segments[i] = replace(self.segments[i], inclusion=verdict.inclusion)
         return not verdict.is_pruned
 
-    def _is_stale(self, i: int) -> bool:
-        if self.prune.max_staleness is None:
+    def is_stale(self, i: int) -> bool:
+        """Whether a path is too old beside the newest token of the tree."""
+        if self.prune.max_staleness is None or i == ROOT:
             return False
         newest = max(segment.policy_version.step for segment in self.segments)
         oldest = min(self.segments[k].policy_version.step for k in self.path(i))

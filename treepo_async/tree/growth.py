@@ -94,7 +94,7 @@ class Growth(ABC):
 
     def _extensions(self, forks: Sequence[Fork], num_active: int) -> list[Extension]:
         """Requests for these forks, with `num_active` paths active beside them."""
-        self._is_saturated = num_active + sum(n for _, n in forks) == self.tree.room
+        self._is_saturated |= num_active + sum(n for _, n in forks) == self.tree.room
         whole = self._is_saturated and not self.tree.prune.judges
         return [self.tree.extension(parent, n, to_completion=whole) for parent, n in forks]
 
@@ -105,8 +105,10 @@ class Growth(ABC):
         tree, forks = self.tree, list[Fork]()
         for leaf in fallback.candidates(tree.segments, tree.finished, self.rng):
             parent = fallback.boundary(self.rules.fallback, tree.segments, leaf, self.rng)
+            if tree.is_stale(parent):
+                parent = ROOT
             # a tree may not end without a single complete path
-            least = 0 if tree.finished or forks else 1
+            least = 0 if tree.finished or forks or committed else 1
             most = max(least, tree.affordable(parent, committed))
             num_runs = min(self.rules.branching_factor, missing, most)
             if num_runs > 0:
@@ -214,7 +216,7 @@ class EagerGrowth(Growth):
         """See `Growth`."""
         self._active.remove(extension)
         last = self._record(extension, run, stop, entropy)
-        survivors = self.tree.without_pruned([] if last is None else [last])
+        survivors = self.tree.without_pruned([] if last is None else [last], len(self._active))
         return self._begin(self._next(survivors))
 
     def _begin(self, forks: Sequence[Fork]) -> list[Extension]:

@@ -21,12 +21,14 @@ def whiten(
         num_tokens: per tree and of the same shape, the response tokens that have each value: of each trajectory, or of
             each of its levels (`levels.level_tokens`). They may be weighted and then need not be whole.
     """
-    values = np.concatenate([a.ravel() for a in advantages])
-    weights = np.concatenate([n.ravel() for n in num_tokens]).astype(np.float64)
+    if len(advantages) == 0:
+        return []
+    values = np.concatenate([np.ravel(a) for a in advantages])
+    weights = np.concatenate([np.ravel(n) for n in num_tokens]).astype(np.float64)
     counted = np.isfinite(values)
     total = weights[counted].sum()
     if total < 2:
-        return list(advantages)
+        return [np.asarray(a, dtype=np.float64) for a in advantages]
     mean = (weights * values)[counted].sum() / total
     variance = (weights * (values - mean) ** 2)[counted].sum() / (total - 1)
-    return [(a - mean) / np.sqrt(variance + 1e-8) for a in advantages]
+    return [(np.asarray(a) - mean) / np.sqrt(variance + 1e-8) for a in advantages]
