@@ -6,6 +6,7 @@ before the command line has been checked.
 
 import asyncio
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -28,24 +29,27 @@ def main(words: list[str]) -> int:
     if "--help" in words or "-h" in words:
         print(describe_generation())
         return 0
+    _open_closed_streams()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return generate(parse_generation(words), words)
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigError, DataError, OSError) as error:
+        _complain(f"error: {_reason(error)}")
         return EXIT_BAD_CONFIG
     except KeyboardInterrupt:
-        print("stopped before the first tree", file=sys.stderr)
+        _complain("stopped before the first tree")
         return EXIT_STOPPED
 
 
 def generate(config: GenerateConfig, words: list[str]) -> int:
     """Prepare model, data and files, then grow what is not there yet. Gives the exit code."""
-    from treepo_async.actor.output import Output, held
+    from treepo_async.actor.output import Output, check_apart, held
     from treepo_async.actor.printer import LogLines, Printer
     from treepo_async.actor.standalone import Inputs, Standalone
     from treepo_async.cluster.prepare import load_model_config, prepare_model
 
+    out = Path(config.out or "")
+    check_apart(out, config.data.path)
     printer = Printer(sys.stdout)
     logging.basicConfig(handlers=[LogLines(printer)], format="%(message)s")
     with progress_bar("warm start of the tiny model") as report:
@@ -53,7 +57,6 @@ def generate(config: GenerateConfig, words: list[str]) -> int:
             config.model.path, cache_dir=Path(config.cache_dir), seed=config.seed, report=report
         )
     inputs = Inputs.of(config, model_dir, load_model_config(model_dir))
-    out = Path(config.out or "")
     with held(out):
         output = Output(
             out,
@@ -79,8 +82,8 @@ def carry_out(work: "Standalone", words: list[str]) -> int:
         if work.is_unfinished():
             asyncio.run(work.run())
         work.output.finish()
-    except TreepoError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (TreepoError, OSError) as error:
+        _complain(f"error: {_reason(error)}")
         code = EXIT_BAD_CONFIG if isinstance(error, ConfigError | DataError) else EXIT_FAILED
     except KeyboardInterrupt:
         code = EXIT_STOPPED
@@ -89,6 +92,27 @@ def carry_out(work: "Standalone", words: list[str]) -> int:
     end = {0: "done", EXIT_STOPPED: "stopped"}.get(code, "failed")
     work.printer.plain(f"{end}; {work.files()}{'' if code == 0 else f'; {again}'}")
     return code
+
+
+def _reason(error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    named = (error.filename, error.strerror)
+    return ": ".join(str(part) for part in named if part) or repr(error)
+
+
+def _complain(text: str) -> None:
+    """On standard error, if somebody reads it."""
+    from treepo_async.actor.printer import Printer
+
+    Printer(sys.stderr).plain(text)
+
+
+def _open_closed_streams() -> None:
+    """Give `>&-` somewhere to write to; else the next file that is opened would get the number of standard output."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - until the end
 
 
 if __name__ == "__main__":

@@ -30,7 +30,11 @@ def main(words: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print("stopped; the same command goes on with what is missing", file=sys.stderr)
+        # the others keep nothing of what they measured
+        again = (
+            "; the same command goes on with what is missing" if words[:1] == ["sampling"] else ""
+        )
+        print(f"stopped{again}", file=sys.stderr)
         return EXIT_STOPPED
 
 

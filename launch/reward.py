@@ -168,17 +168,36 @@ def _records(data: DataConfig, seed: int) -> Iterator[tuple[str, str]]:
 def _given(file: Path) -> Iterator[Sample]:
     if not file.is_file():
         raise ConfigError(f"responses={file} does not exist; check the path")
-    for index, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    # by line feeds alone: a text may hold what Python takes for the end of a line besides
+    lines = [
+        (index, line)
+        for index, line in enumerate(_bytes_of(file).split(b"\n"), start=1)
+        if line.strip()
+    ]
+    if not lines:
+        raise DataError(
+            f'responses={file} is empty; write a line of {{"response": ..., "answer": ...}} for each'
+        )
+    for index, line in lines:
         try:
-            fields = json.loads(line)
+            fields = json.loads(line.decode())
             response, answer = fields["response"], fields["answer"]
-        except (ValueError, KeyError, TypeError) as error:
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"responses={file} line {index} is not UTF-8 ({error.reason} at byte {error.start}); write it again"
+            ) from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
                 f'responses={file} line {index} is not {{"response": ..., "answer": ...}}: {error!r}'
             ) from error
         yield Sample(str(fields.get("question", "")), str(response), str(answer))
+
+
+def _bytes_of(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"responses={file} cannot be read: {error.strerror}") from error
 
 
 async def _try(config: Config, samples: Sequence[Sample]) -> list[Trial]:

@@ -1,4 +1,7 @@
+import pytest
+
 from treepo_async.actor.endings import Ending, Endings, Outcome
+from treepo_async.errors import DataError
 
 SKIPPED = Ending("a-1", Outcome.SKIPPED, "too long")
 FAILED = Ending("a-2", Outcome.FAILED, "EngineError: no\nanswer")
@@ -19,7 +22,8 @@ def test_endings_are_read_back_and_counted(tmp_path):
     written(tmp_path / "f")
     again = opened(tmp_path / "f")
     assert list(again.by_id.values()) == [SKIPPED, FAILED]
-    assert again.count() == {"skipped": 1, "failed": 1}
+    assert again.count({"a-1", "a-2", "a-3"}) == {"skipped": 1, "failed": 1}
+    assert again.count({"a-2"}) == {"failed": 1}
     assert len((tmp_path / "f").read_text().splitlines()) == 2
 
 
@@ -55,3 +59,10 @@ def test_a_half_written_line_is_forgotten_and_the_file_can_be_gone_on_with(tmp_p
     assert list(again.by_id) == ["a-1"]
     again.add(FAILED)
     assert list(opened(tmp_path / "f").by_id.values()) == [SKIPPED, FAILED]
+
+
+def test_an_ending_that_cannot_be_written_is_told_with_the_file(tmp_path):
+    endings = opened(tmp_path / "f")
+    (tmp_path / "f").mkdir()
+    with pytest.raises(DataError, match=r"f cannot be written: Is a directory; make room"):
+        endings.add(FAILED)

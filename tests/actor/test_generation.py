@@ -70,6 +70,9 @@ class StillEngine:
     def delivered(self):
         self.num_delivered += 1
 
+    def on_trial(self):
+        return contextlib.nullcontext()
+
 
 @contextlib.contextmanager
 def generation(tmp_path, source, engine, *, still=None, max_failed=16, **options):
@@ -208,7 +211,7 @@ async def test_no_tree_of_other_weights_is_written(tmp_path):
 
 
 @contextlib.asynccontextmanager
-async def mortal(tmp_path, source, **options):
+async def mortal(tmp_path, source, *, max_restarts=3, **options):
     """A generation on a server that a prompt can kill, with a keeper that starts it again."""
     folder = publish_fake(WeightStore(tmp_path / "weights", keep=1), BASE)
     async with (
@@ -217,7 +220,7 @@ async def mortal(tmp_path, source, **options):
         asyncio.timeout(40),
     ):
         server = FakeServer(fake, session, tmp_path / "sglang.log")
-        engine = KeptEngine(server, folder, start_timeout_s=5, max_restarts=3)
+        engine = KeptEngine(server, folder, start_timeout_s=5, max_restarts=max_restarts)
         client = EngineClient(
             engine.url,
             engine.gate,
@@ -253,6 +256,22 @@ async def test_any_number_of_such_prompts_is_found(tmp_path):
         await work.run(concurrent_trees=3)
         assert sorted(work.output.endings.by_id) == ["p-1", "p-4", "p-6"]
     assert len(written(tmp_path)) == 6
+
+
+async def test_prompts_that_kill_the_server_use_up_no_restarts_while_they_are_alone(tmp_path):
+    source = [prompt_of(0, POISON, 1), prompt_of(1, POISON, 2), prompt_of(2)]
+    async with mortal(tmp_path, source, max_restarts=1) as (work, server):
+        await work.run(concurrent_trees=2)
+        assert sorted(work.output.endings.by_id) == ["p-0", "p-1"]
+    assert ids(written(tmp_path)) == ["p-2"]
+    assert len(server.starts) == 1 + 1 + 2 + 2, "both at once, then each twice alone"
+
+
+async def test_a_prompt_that_failed_makes_earlier_restarts_forgotten(tmp_path):
+    source = [prompt_of(number, POISON, number) for number in range(3)]
+    async with mortal(tmp_path, source, max_restarts=1) as (work, _):
+        await work.run(concurrent_trees=1)
+        assert sorted(work.output.endings.by_id) == ["p-0", "p-1", "p-2"]
 
 
 async def test_a_server_killed_from_outside_costs_no_prompt(tmp_path):

@@ -111,7 +111,21 @@ def test_of_large_weights_the_whole_length_is_sampled(model_dir):
     assert len(digests) == 4
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2}', '{"format": 1, "extra": 3}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"format": 2}',
+        '{"format": 1, "extra": 3}',
+        '{"format": 1, "keys": ["seed"]}',
+        '{"format": 1, "data": 3}',
+        '{"format": 1, "prompt_limit": "9"}',
+        '{"format": 1, "weights": null}',
+        "[" * 100_000,
+    ],
+)
 def test_what_describes_no_job_is_refused(text):
     with pytest.raises(DataError):
         Job.parse(text)

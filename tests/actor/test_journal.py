@@ -113,8 +113,8 @@ def test_a_line_written_in_pieces_is_whole(tmp_path, monkeypatch):
 
 def test_what_was_not_synced_yet_is_synced_once(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(os, "fsync", synced.append)
     journal = Journal(tmp_path / "j")
+    monkeypatch.setattr(os, "fsync", synced.append)
     journal.sync()
     journal.append(IDS[0], lines_of(TREES[0]))
     journal.sync()

@@ -1,5 +1,8 @@
+import fcntl
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from tests.oracle import random_tree
 from tests.wire.test_codec import assert_same
 from treepo_async.actor.endings import Outcome
 from treepo_async.actor.job import Job
-from treepo_async.actor.output import Output, beside, held
+from treepo_async.actor.output import Output, beside, check_apart, held
 from treepo_async.errors import ConfigError
 from treepo_async.wire.tree_file import TreeFile
 
@@ -30,6 +33,10 @@ def write(out, trees, *, finish=True, job=JOB):
     if finish:
         output.finish()
     output.close()
+
+
+def of_fd(fd):
+    return str(Path(f"/proc/self/fd/{fd}").readlink())
 
 
 def names(folder):
@@ -152,7 +159,84 @@ def test_an_output_belongs_to_one_actor_at_a_time(tmp_path):
             pass
     with held(out):
         pass
-    assert names(tmp_path) == []
+    assert names(tmp_path) == [".o.jsonl.lock", ".p.jsonl.lock"]
+
+
+def test_an_actor_that_waits_with_the_lock_file_open_is_kept_off_by_the_next_holder(tmp_path):
+    out = tmp_path / "o.jsonl"
+    with held(out):
+        waiting = (tmp_path / ".o.jsonl.lock").open("w")
+    with waiting:
+        fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(ConfigError, match="being written by another actor"), held(out):
+            pass
+
+
+def test_a_folder_in_the_place_of_the_output_is_refused(tmp_path):
+    (tmp_path / "o.jsonl").mkdir()
+    with pytest.raises(ConfigError, match="is there and is no file"), held(tmp_path / "o.jsonl"):
+        pass
+    assert names(tmp_path) == ["o.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["o.jsonl", "o.jsonl.failed.jsonl", "o.jsonl.unfinished.jsonl"])
+def test_the_data_may_be_none_of_the_files_of_its_output(tmp_path, name):
+    out, data, link = tmp_path / "o.jsonl", tmp_path / name, tmp_path / "link.jsonl"
+    check_apart(out, str(data.with_name("d.jsonl")))
+    with pytest.raises(ConfigError, match=rf"data=.* is .*{name}, which out="):
+        check_apart(out, str(tmp_path / "x" / ".." / name))
+    data.write_text("{}\n")
+    link.symlink_to(data)
+    (tmp_path / "hard.jsonl").hardlink_to(data)
+    for same in (link, tmp_path / "hard.jsonl"):
+        with pytest.raises(ConfigError, match="name another out"):
+            check_apart(out, str(same))
+
+
+@SUFFIXES
+def test_what_holds_no_trees_is_not_overwritten(tmp_path, suffix):
+    out = tmp_path / f"o{suffix}"
+    out.write_text('{"question": "1+1", "answer": "2"}\n')
+    with pytest.raises(ConfigError, match=r"holds no trees .* overwrite=true leaves it alone"):
+        opened(out, overwrite=True)
+    assert names(tmp_path) == [out.name]
+
+
+@pytest.mark.parametrize("form", ["trees", "trajectories"])
+@SUFFIXES
+def test_trees_whose_job_is_lost_may_be_overwritten(tmp_path, suffix, form):
+    out = tmp_path / f"o{suffix}"
+    write(out, TREES, job=replace(JOB, keys={"out_form": form, "seed": 0}))
+    beside(out, "job.json").unlink()
+    output = opened(out, overwrite=True)
+    assert output.done == set()
+    output.close()
+
+
+def test_what_takes_a_files_place_is_on_disk_first_and_then_its_name(tmp_path, monkeypatch):
+    out, synced = tmp_path / "o.parquet", []
+    write(out, TREES)
+
+    def fsync(fd, real=os.fsync):
+        synced.append(of_fd(fd).removeprefix(str(tmp_path)))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    opened(out).close()
+    for file in ("job.json", "unfinished.jsonl"):
+        at = synced.index(f"/.o.parquet.{file}.tmp")
+        assert synced[at + 1] == "", "the folder"
+
+
+def test_endings_are_synced_with_the_trees(tmp_path, monkeypatch):
+    output, synced = opened(tmp_path / "o.jsonl"), []
+    output.end("p", Outcome.FAILED, "no")
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(of_fd(fd)))
+    output.sync()
+    output.sync()
+    assert synced == [str(tmp_path / "o.jsonl.failed.jsonl"), str(tmp_path)]
+    monkeypatch.undo()
+    output.close()
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):

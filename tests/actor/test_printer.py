@@ -1,5 +1,6 @@
 import io
 import logging
+import os
 
 import treepo_async.actor.printer
 from treepo_async.actor.printer import CLEAR, LogLines, Printer
@@ -44,3 +45,27 @@ def test_warnings_are_lines_among_the_others():
     log.warning("skipped %s", "p-3")
     log.info("not told")
     assert [line[11:] for line in stream.getvalue().splitlines()] == ["warning: skipped p-3"]
+
+
+def test_half_a_character_is_told_and_raises_nothing():
+    content = io.BytesIO()
+    stream = io.TextIOWrapper(content, encoding="utf-8")
+    Printer(stream).plain("no \udcff, but é")
+    assert content.getvalue().decode() == "no \\udcff, but é\n"
+
+
+def test_a_stream_that_nobody_reads_any_more_ends_the_lines_and_nothing_else():
+    reading, writing = os.pipe()
+    stream = os.fdopen(writing, "w")
+    printer = Printer(stream)
+    os.close(reading)
+    for _ in range(2):
+        printer.plain("a line")
+        printer.progress("1/3")
+    stream.close()  # raises where something is left that cannot be written
+
+
+def test_a_closed_stream_is_no_terminal_and_takes_no_line():
+    stream = io.StringIO()
+    stream.close()
+    Printer(stream).plain("a line")

@@ -268,6 +268,10 @@ def test_a_file_for_training_can_be_used_to_generate(tmp_path):
     file = write(tmp_path, "steps: 3\ntree: {width: 5}\nlearner: {lr: 1.0e-3}\nactors: 9\n")
     config = parse_generation([f"config={file}", *GENERATE])
     assert config.tree.width == 5
+    file = write(tmp_path, "data: {path: p.jsonl, trees: t.jsonl, eval_path: e.jsonl, epochs: 2}\n")
+    config = parse_generation([f"config={file}", "model=m", *GENERATE])
+    assert (config.data.path, config.data.trees, config.data.epochs) == ("p.jsonl", None, None)
+    assert "data.epochs is for training" in refused_generation("data.epochs=2", *GENERATE)
     misspelled = write(tmp_path, "tree: {widht: 5}\n")
     assert "did you mean tree.width?" in refused_generation(f"config={misspelled}", *GENERATE)
 

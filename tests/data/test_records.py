@@ -141,6 +141,32 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
         read_records(str(tmp_path / "p.parquet"), None, None)
 
 
+def test_a_damaged_footer_of_a_parquet_file_is_refused(tmp_path):
+    path = tmp_path / "p.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GSM8K), path)
+    content = bytearray(path.read_bytes())
+    size = int.from_bytes(content[-8:-4], "little")
+    content[-8 - size : -8] = b"\xff" * size
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"p\.parquet is not a parquet file"):
+        read_records(str(path), None, None)
+
+
+def test_a_damaged_group_of_rows_is_skipped_and_numbers_stay(tmp_path):
+    path = tmp_path / "p.parquet"
+    rows = [{"question": f"q{i}", "answer": "1"} for i in range(1, 7)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+    column = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    content[begin : begin + 20] = b"\xff" * 20
+    path.write_bytes(content)
+    found = read_records(str(path), None, None)
+    assert [(r.number, r.question) for r in found.records] == [(n, f"q{n}") for n in (1, 2, 5, 6)]
+    assert found.num_skipped == 2
+    assert "record 3: its rows are damaged" in found.skipped[0]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

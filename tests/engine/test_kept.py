@@ -119,6 +119,17 @@ async def test_work_that_is_delivered_makes_earlier_restarts_forgotten(tmp_path)
             await it.sample()
 
 
+async def test_a_server_that_does_not_start_again_is_counted_on_trial_too(tmp_path):
+    async with house(tmp_path, max_restarts=1) as it:
+        await it.engine.start()
+        publish_fake(WeightStore(tmp_path / "other", keep=1), BASE._replace(step=3))
+        it.engine.model_dir = tmp_path / "other" / "0.3"
+        it.server.die()
+        with it.engine.on_trial(), pytest.raises(EngineError, match="gave up after 1 restarts"):
+            await it.engine.watch()
+        assert it.engine.num_restarts == 2
+
+
 async def test_a_server_that_comes_back_with_other_weights_is_not_used(tmp_path):
     async with house(tmp_path, max_restarts=1) as it:
         await it.engine.start()

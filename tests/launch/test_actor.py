@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -155,6 +156,24 @@ async def test_an_engine_that_is_not_there_or_does_not_fit_ends_with_2(inputs, t
     assert "its vocabulary has 128 tokens, that of model.path 384" in done.err
 
 
+async def test_data_is_never_overwritten_by_its_own_trees(inputs, tmp_path):
+    data, problems = tmp_path / "sums.jsonl", (tmp_path / "sums.jsonl").read_bytes()
+    done = await launched(*inputs, f"out={tmp_path}/./sums.jsonl", "overwrite=true")
+    assert done.process.returncode == 2
+    assert f"error: data={data} is {data}, which out={data} writes; name another out" in done.err
+    assert data.read_bytes() == problems
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "sums.jsonl"]
+
+
+async def test_a_file_that_cannot_be_opened_is_named_and_there_is_no_traceback(inputs, tmp_path):
+    name = "n" * 250 + ".jsonl"
+    done = await launched(*inputs, f"out={tmp_path}/{name}")
+    assert done.process.returncode == 2
+    assert f"error: {tmp_path}/" in done.err
+    assert "File name too long" in done.err
+    assert "Traceback" not in done.err
+
+
 # ------------------------------------------------------------------ a whole job
 
 
@@ -171,7 +190,8 @@ async def test_every_prompt_of_a_file_gets_its_tree_once(inputs, tmp_path, suffi
     assert text.splitlines()[-1] == f"done; {out}"
     assert done.err == ""
     left = sorted(file.name for file in tmp_path.iterdir())
-    assert left == sorted(["model", "sums.jsonl", out.name, f"{out.name}.job.json"])
+    own = [f".{out.name}.lock", out.name, f"{out.name}.job.json"]
+    assert left == sorted(["model", "sums.jsonl", *own])
 
 
 async def test_trajectories_are_flat_lines_with_text_and_scores(inputs, tmp_path):
@@ -213,6 +233,49 @@ async def test_what_is_there_is_not_grown_again_and_another_job_is_refused(input
         anew = await launched(*words, "limit=2", "tree.width=3", "overwrite=true")
         assert anew.process.returncode == 0
     assert sorted(ids_in(out)) == sorted(ALL[:2])
+
+
+async def test_with_a_lower_limit_only_prompts_below_it_count(inputs, tmp_path):
+    out, data = tmp_path / "o.jsonl", tmp_path / "sums.jsonl"
+    async with sglang() as fake:
+        words = (*inputs, f"out={out}", f"engine.url={fake.url}", "concurrent_trees=1")
+        await launched(*words, "limit=4")
+        lines = out.read_bytes().splitlines(keepends=True)
+        out.write_bytes(b"".join(line for line in lines if b'"sums-1"' not in line))
+        done = await launched(*words, "limit=2")
+    assert done.process.returncode == 0, done.err
+    assert data.exists()
+    assert "2 prompts, 1 left" in done.out
+    assert "2 done, 0 skipped, 0 failed of 2" in done.out
+    assert sorted(ids_in(out)) == sorted(ALL[:4])
+
+
+@pytest.mark.parametrize("redirection", [">&-", "| head -n 1", ">/dev/full"])
+async def test_the_work_goes_on_when_nobody_reads_what_is_said(inputs, tmp_path, redirection):
+    out = tmp_path / "o.jsonl"
+    async with sglang() as fake:
+        words = [*inputs, f"out={out}", f"engine.url={fake.url}", "limit=4"]
+        command = shlex.join([sys.executable, str(ROOT / "launch" / "actor.py"), *words])
+        code = f"set -o pipefail; {command} {redirection}"
+        done = await asyncio.to_thread(
+            subprocess.run, ["bash", "-c", code], cwd=ROOT, capture_output=True, timeout=RUN_S
+        )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert sorted(ids_in(out)) == ALL[:4]
+
+
+async def test_a_file_that_fails_on_the_way_ends_it_with_1_and_how_to_go_on(inputs, tmp_path):
+    out = tmp_path / "o.parquet"
+    async with sglang(latency_s=0.05) as fake:
+        run = start(*inputs, f"out={out}", f"engine.url={fake.url}", "limit=6")
+        await until((tmp_path / "o.parquet.unfinished.jsonl").exists, timeout_s=RUN_S)
+        (tmp_path / ".o.parquet.tmp").mkdir()
+        code = await run.end()
+    assert code == 1
+    assert f"error: {tmp_path}/.o.parquet.tmp: Is a directory" in run.err
+    assert "Traceback" not in run.err
+    assert run.out.splitlines()[-1].startswith("failed; ")
+    assert "go on with: python launch/actor.py" in run.out
 
 
 async def test_bad_records_rewards_and_prompts_end_with_a_reason_and_nothing_is_lost(

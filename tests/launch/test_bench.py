@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import launch.bench
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "layers=2",
@@ -49,6 +51,16 @@ def launched(*words, timeout_s=50):
 def test_a_wrong_word_ends_with_2_and_its_name(words, message):
     done = launched(*words)
     assert (done.returncode, done.stderr, done.stdout) == (2, message, "")
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("sampling", True), ("http", False)])
+def test_ctrl_c_says_that_it_can_be_gone_on_with_where_it_can(monkeypatch, capsys, name, goes_on):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.bench, "_run", interrupted)
+    assert launch.bench.main([name]) == 130
+    assert ("the same command goes on" in capsys.readouterr().err) == goes_on
 
 
 @pytest.mark.parametrize("words", [[], ["sample"]])

@@ -150,6 +150,30 @@ def test_a_line_that_is_no_response_is_named(capsys, tmp_path, line):
     assert f"responses={file} line 2 is not" in err
 
 
+def test_only_line_feeds_end_a_response(capsys, tmp_path):
+    file = tmp_path / "responses.jsonl"
+    text = json.dumps({"response": "a\u2028b\x85 #### 1", "answer": "1"}, ensure_ascii=False)
+    file.write_bytes(text.encode() + b"\r\n\n")
+    code, rows, _, err = tried(capsys, f"responses={file}")
+    assert (code, len(rows), err) == (0, 1, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; write a line"),
+        (b"\n \n", "is empty; write a line"),
+        (b'\n{"response": "\xff", "answer": "1"}\n', "line 2 is not UTF-8 (invalid start byte"),
+    ],
+)
+def test_a_file_without_responses_that_can_be_read_ends_with_2(capsys, tmp_path, content, message):
+    file = tmp_path / "responses.jsonl"
+    file.write_bytes(content)
+    code, _, out, err = tried(capsys, f"responses={file}")
+    assert (code, out) == (2, "")
+    assert f"error: responses={file} {message}" in err
+
+
 @pytest.mark.parametrize(
     "answer", ["18", "-1", "0.5", "1,000", "\\frac{1}{2}", "x+1", "Monday", "(1, 2)"]
 )

@@ -17,6 +17,10 @@ from treepo_async.scoring.agreement import agreement, partial_answer
         ("1,200 and -3.5 left", "-3.5"),
         (r"first 7 then \boxed{8} and 9 ", "8"),
         ("#### 42\n", "42"),
+        ("5.-3 left", "-3"),
+        ("12..5 left", "5"),
+        ("1.2.3.4", None),
+        ("from 1.5, 2.5.", "1.5"),
     ],
 )
 def test_a_partial_answer_is_the_box_or_the_last_whole_number(response, answer):
@@ -31,3 +35,9 @@ def test_agreement_is_the_share_of_answers_equal_to_this_one():
 
 def test_a_response_without_a_partial_answer_has_no_agreement():
     assert math.isnan(agreement("no idea", ["no idea", "it is 5 "]))
+
+
+@pytest.mark.parametrize("text", ["1" * 300_000, "1." * 150_000 + "1"])
+def test_a_long_number_takes_time_linear_in_its_length(text):
+    # where it is quadratic, this does not end before the deadline of all tests
+    assert partial_answer(text) is None

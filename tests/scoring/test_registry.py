@@ -70,6 +70,8 @@ def test_any_finite_number_is_an_accuracy(returned):
         1j,
         [1.0],
         10**400,
+        1e100,
+        -3.5e38,
     ],
 )
 def test_anything_else_is_a_failure_that_shows_what_was_returned(returned):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from tests.oracle import random_tree
-from treepo_async.errors import DataError
+from treepo_async.errors import DataError, WireError
 from treepo_async.wire import tables
 from treepo_async.wire.forms import FORMS
 from treepo_async.wire.tables import TableReader, read_lines, write_table
@@ -63,3 +63,34 @@ def test_what_is_no_table_of_this_form_is_named(tmp_path):
     table.write_bytes(b"PAR1 no more")
     with pytest.raises(DataError, match=r"out\.parquet is not a parquet file"):
         list(read_lines(table, trees))
+
+
+def test_a_damaged_group_of_rows_is_told_and_the_others_are_read(tmp_path, monkeypatch):
+    from pyarrow.parquet import ParquetFile
+
+    monkeypatch.setattr(tables, "ROWS_PER_GROUP", 3)
+    form = FORMS["trees"]
+    table = write(tmp_path, lines_of(form), form)
+    column = ParquetFile(table).metadata.row_group(1).column(1)
+    content = bytearray(table.read_bytes())
+    begin = column.dictionary_page_offset or column.data_page_offset
+    content[begin : begin + 40] = b"\xff" * 40
+    table.write_bytes(content)
+    reader = TableReader(table)
+    for _ in range(2):
+        with pytest.raises(WireError, match="table rows are damaged"):
+            reader.row(3)
+        assert reader.row(0)["prompt_id"] != reader.row(6)["prompt_id"]
+    with pytest.raises(DataError, match=r"out\.parquet row 4: table rows are damaged"):
+        list(read_lines(table, form))
+
+
+def test_a_damaged_footer_is_told_at_opening(tmp_path):
+    form = FORMS["trees"]
+    table = write(tmp_path, lines_of(form), form)
+    content = bytearray(table.read_bytes())
+    size = int.from_bytes(content[-8:-4], "little")
+    content[-8 - size : -8] = b"\xff" * size
+    table.write_bytes(content)
+    with pytest.raises(DataError, match=r"out\.parquet is not a parquet file"):
+        TableReader(table)

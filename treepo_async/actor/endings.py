@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from treepo_async.errors import DataError
+from treepo_async.wire.whole_file import sync, whole_file
+
 log = logging.getLogger(__name__)
 
 
@@ -41,6 +44,7 @@ class Endings:
             retry_failed: forget those that failed.
         """
         self.file = file
+        self._is_synced = True
         found = _read(file)
         self.by_id = {
             ending.prompt_id: ending
@@ -54,23 +58,40 @@ class Endings:
             self._rewrite()
 
     def add(self, ending: Ending) -> None:
-        """A prompt ended."""
-        self.by_id[ending.prompt_id] = ending
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(ending)) + "\n")
+        """A prompt ended.
 
-    def count(self) -> Counter[Outcome]:
-        """How many of each kind."""
-        return Counter(ending.outcome for ending in self.by_id.values())
+        Raises:
+            DataError: it could not be written down.
+        """
+        try:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(ending)) + "\n")
+        except OSError as error:
+            raise DataError(
+                f"{self.file} cannot be written: {error.strerror}; make room and start again"
+            ) from error
+        self.by_id[ending.prompt_id] = ending
+        self._is_synced = False
+
+    def sync(self) -> None:
+        """Return once all of them are on disk."""
+        if not self._is_synced:
+            # before, so that a line added meanwhile is synced the next time
+            self._is_synced = True
+            sync(self.file)
+            sync(self.file.parent)
+
+    def count(self, prompt_ids: Collection[str]) -> Counter[Outcome]:
+        """How many of each kind, among these prompts."""
+        return Counter(e.outcome for e in self.by_id.values() if e.prompt_id in prompt_ids)
 
     def _rewrite(self) -> None:
         if not self.by_id:
             self.file.unlink()
             return
-        temporary = self.file.with_name(f".{self.file.name}")
-        lines = [json.dumps(asdict(ending)) + "\n" for ending in self.by_id.values()]
-        temporary.write_text("".join(lines), encoding="utf-8")
-        temporary.replace(self.file)
+        with whole_file(self.file) as file:
+            for ending in self.by_id.values():
+                file.write(json.dumps(asdict(ending)).encode() + b"\n")
 
 
 def _read(file: Path) -> list[Ending]:

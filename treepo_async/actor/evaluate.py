@@ -102,9 +102,7 @@ class Evaluator:
             problem.token_ids.tolist(),
             num_runs=num_samples,
             max_new_tokens=self._settings.growth.limit,
-            sampling=replace(
-                self._settings.sampling, temperature=temperature, num_top_logprobs=0
-            ),
+            sampling=replace(self._settings.sampling, temperature=temperature, num_top_logprobs=0),
             least_step=version.step,
             is_cached=False,
         )

@@ -2,12 +2,13 @@
 
 Waits: for a tree (see `grow`), for the server to be there again after it died (its keeper ends that wait, or the job).
 A prompt is tried `MAX_ATTEMPTS` times. One that was being grown when the server died is tried again with nobody beside
-it, so that a prompt which kills servers is found, and costs no other prompt its attempts.
+it, so that a prompt which kills servers is found, and costs no other prompt its attempts, nor the job its restarts.
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -100,7 +101,7 @@ class Generation:
         attempt, alone = 1, False
         while True:
             try:
-                async with self._turns.alone() if alone else self._turns.shared():
+                async with self._alone() if alone else self._turns.shared():
                     return await self._attempt(prompt, lease_id, attempt)
             except (EngineError, DeadlineError, TreeError) as error:
                 self.tally.errors += 1
@@ -111,6 +112,12 @@ class Generation:
             attempt += 1
             # an engine or a scorer in trouble must not use up prompt after prompt
             await asyncio.sleep(BACK_OFF_S)
+
+    @contextlib.asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        async with self._turns.alone():
+            with self.engine.on_trial():
+                yield
 
     async def _attempt(self, prompt: Prompt, lease_id: str, attempt: int) -> Tree:
         """Grow, and give up as soon as the engine dies."""
@@ -132,6 +139,8 @@ class Generation:
         reason = f"{MAX_ATTEMPTS} attempts, the last: {type(error).__name__}: {error}"
         self.output.end(prompt.id, Outcome.FAILED, reason)
         self.tally.failed += 1
+        # a prompt that killed servers has come to its end, and the next one begins with all restarts
+        self.engine.delivered()
         self._failed_in_a_row += 1
         if self._failed_in_a_row >= self.max_failed:
             raise TreepoError(

@@ -69,9 +69,14 @@ class Job:
             found = json.loads(text)
             if found.pop("format") != FORMAT:
                 raise DataError(f"its format is not {FORMAT}")
-            return cls(**found)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            job = cls(**found)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise DataError(f"it describes no job: {error}") from error
+        for name, default in asdict(cls()).items():
+            value = getattr(job, name)
+            if type(value) is not type(default):
+                raise DataError(f"its {name} is {value!r:.80}, no {type(default).__name__}")
+        return job
 
     def differences(self, earlier: "Job") -> Iterator[str]:
         """What is another one than in an earlier job, in words."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from treepo_async.errors import DataError, WireError
 from treepo_async.wire.forms import LineKey, key_of
+from treepo_async.wire.whole_file import sync
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ class Journal:
         """
         self._file = file
         self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        sync(file.parent)
         self._is_synced = True
         try:
             self.prompt_ids, self._size = _read(file)

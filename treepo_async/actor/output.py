@@ -4,6 +4,8 @@
     OUT.unfinished.jsonl    a table's lines until then
     OUT.failed.jsonl        prompts without a tree, with the reason
     OUT.job.json            what decides which trees belong here
+    OUT.sglang.log          what the server says that the actor starts
+    .OUT.lock               who holds it writes; it stays
 
 Invariant: after any crash every prompt is in at most one of the first two and the third, and what is there is whole.
 """
@@ -17,11 +19,12 @@ from pathlib import Path
 from treepo_async.actor.endings import Ending, Endings, Outcome
 from treepo_async.actor.job import Job
 from treepo_async.actor.journal import Journal
-from treepo_async.errors import ConfigError, DataError
+from treepo_async.errors import ConfigError, DataError, WireError
 from treepo_async.types import Tree
-from treepo_async.wire.forms import FORMS
+from treepo_async.wire.forms import FORMS, Form, fields_of_line
 from treepo_async.wire.tables import read_lines, write_table
 from treepo_async.wire.tree_line import Decode
+from treepo_async.wire.whole_file import whole_file
 
 
 class Output:
@@ -36,7 +39,7 @@ class Output:
             out: `.jsonl` or `.parquet`; decides the names of all files.
             job: of which the trees will be.
             decode: tokens to text.
-            overwrite: begin anew whatever is there.
+            overwrite: begin anew, whatever job's trees are there.
             retry_failed: forget which prompts failed.
 
         Raises:
@@ -50,6 +53,7 @@ class Output:
         self._lines = beside(out, "unfinished.jsonl") if self._is_table else out
         self._job_file = beside(out, "job.json")
         if overwrite:
+            self._check_ours()
             self._remove()
         self.job = self._settle_job(job)
         self._has_news = not (self._is_table and out.exists() and not self._lines.exists())
@@ -83,8 +87,9 @@ class Output:
         self.endings.add(Ending(prompt_id, outcome, reason))
 
     def sync(self) -> None:
-        """Return once all trees are on disk."""
+        """Return once all trees and endings are on disk."""
         self._journal.sync()
+        self.endings.sync()
 
     def settle_weights(self, weights: str) -> None:
         """Write down which weights sample the trees.
@@ -96,11 +101,12 @@ class Output:
 
     def close(self) -> None:
         """Leave it to be gone on with."""
+        self.endings.sync()
         self._journal.close()
 
     def finish(self) -> None:
         """Make the table, where one is wanted, of all trees that are there."""
-        self._journal.sync()
+        self.sync()
         if self._is_table:
             if self._has_news:
                 write_table(self._lines, self.out, self._form)
@@ -119,11 +125,10 @@ class Output:
         elif self.out.exists() or self._lines.exists():
             raise ConfigError(
                 f"out={self.out} exists and {self._job_file.name} is not beside it, so nobody knows what it "
-                "holds; name another out, or give overwrite=true"
+                "holds; name another out, or give overwrite=true if it holds trees"
             )
-        temporary = self._job_file.with_name(f".{self._job_file.name}")
-        temporary.write_text(job.to_json())
-        temporary.replace(self._job_file)
+        with whole_file(self._job_file) as file:
+            file.write(job.to_json().encode())
         return job
 
     def _read_job(self) -> Job:
@@ -136,10 +141,17 @@ class Output:
 
     def _restore_lines(self) -> None:
         """A finished table is gone on with: back to lines."""
-        temporary = self._lines.with_name(f".{self._lines.name}")
-        with temporary.open("wb") as file:
+        with whole_file(self._lines) as file:
             file.writelines(line + b"\n" for line in read_lines(self.out, self._form))
-        temporary.replace(self._lines)
+
+    def _check_ours(self) -> None:
+        """Raise ConfigError for a file that would be lost and is no output."""
+        for file in (self.out, self._lines):
+            if file.exists() and not self._job_file.exists() and not _holds_trees(file):
+                raise ConfigError(
+                    f"out={self.out}: {file} holds no trees and {self._job_file.name} is not beside it, so "
+                    "overwrite=true leaves it alone; remove it, or name another out"
+                )
 
     def _remove(self) -> None:
         # the job last: without it nobody would know what the others hold
@@ -152,24 +164,52 @@ def beside(out: Path, name: str) -> Path:
     return out.with_name(f"{out.name}.{name}")
 
 
+def check_apart(out: Path, data: str) -> None:
+    """Raise ConfigError if the data is one of the files of an output, by whatever path; opens neither."""
+    names = ("unfinished.jsonl", "failed.jsonl", "job.json", "sglang.log")
+    source = Path(data).expanduser()
+    for file in (out, *(beside(out, name) for name in names)):
+        is_same = file.exists() and source.exists() and file.samefile(source)
+        if is_same or file.resolve() == source.resolve():
+            raise ConfigError(f"data={data} is {file}, which out={out} writes; name another out")
+
+
+def _holds_trees(file: Path) -> bool:
+    """Whether the first entry of a file is a tree or a trajectory, or there is none."""
+    return any(_begins_with(file, form) for form in FORMS.values())
+
+
+def _begins_with(file: Path, form: Form) -> bool:
+    try:
+        if file.suffix == ".parquet":
+            next(read_lines(file, form), None)
+            return True
+        with file.open("rb") as lines:
+            first = lines.readline()
+        if first:
+            fields_of_line(first, form)
+    except (DataError, WireError):
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def held(out: Path) -> Iterator[None]:
     """Keep every other actor off an output.
 
     Raises:
-        ConfigError: another one writes it, or its folder does not exist.
+        ConfigError: another one writes it, its folder does not exist, or it is no file.
     """
     if not out.parent.is_dir():
         raise ConfigError(f"out={out}: there is no folder {out.parent}; make it first")
-    lock_file = out.with_name(f".{out.name}.lock")
-    with lock_file.open("w") as lock:
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"out={out} is there and is no file; name another one")
+    # never removed: whoever made a new one could not see that the old one is held
+    with out.with_name(f".{out.name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigError(
                 f"out={out} is being written by another actor; wait for its end, or name another file"
             ) from error
-        try:
-            yield
-        finally:
-            lock_file.unlink(missing_ok=True)
+        yield

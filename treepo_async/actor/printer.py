@@ -1,6 +1,11 @@
-"""Lines for a person, and one line of progress: it is overwritten on a terminal, and repeated now and then in a log."""
+"""Lines for a person, and one line of progress: it is overwritten on a terminal, and repeated now and then in a log.
 
+Invariant: whatever is written, and whoever no longer reads it, nothing is raised. The work is in files.
+"""
+
+import contextlib
 import logging
+import os
 import shutil
 import time
 from typing import TextIO
@@ -11,11 +16,12 @@ CLEAR = "\r\x1b[2K"
 
 
 class Printer:
-    """Writes to one stream."""
+    """Writes to one stream, until that is gone."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._is_terminal = stream.isatty()
+        self._is_gone = stream.closed
+        self._is_terminal = not stream.closed and stream.isatty()
         self._began = time.monotonic()
         self._told = self._began
 
@@ -25,15 +31,13 @@ class Printer:
 
     def plain(self, text: str) -> None:
         """A line that stays."""
-        self._stream.write((CLEAR if self._is_terminal else "") + text + "\n")
-        self._stream.flush()
+        self._write((CLEAR if self._is_terminal else "") + text + "\n")
 
     def progress(self, text: str) -> None:
         """Where the work stands."""
         if self._is_terminal:
             width = shutil.get_terminal_size().columns
-            self._stream.write(CLEAR + text[: width - 1])
-            self._stream.flush()
+            self._write(CLEAR + text[: width - 1])
         elif time.monotonic() - self._told >= PERIOD_S:
             self._told = time.monotonic()
             self.line(text)
@@ -41,6 +45,27 @@ class Printer:
     def seconds(self) -> float:
         """Time since the start."""
         return time.monotonic() - self._began
+
+    def _write(self, text: str) -> None:
+        if self._is_gone:
+            return
+        encoding = self._stream.encoding or "utf-8"
+        try:
+            # half a character of a record or of a scorer's message cannot be encoded otherwise
+            self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._is_gone = True
+            with contextlib.suppress(OSError, ValueError):
+                self._forget()
+
+    def _forget(self) -> None:
+        """Send what is left in the stream's buffer nowhere: else it would fail once more at the end of the process."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, self._stream.fileno())
+        finally:
+            os.close(nowhere)
 
 
 class LogLines(logging.Handler):

@@ -61,8 +61,8 @@ class Inputs:
     """Its `config.json`."""
     tokenizer: TextTokenizer
     prompts: FileOrder
-    total: int
-    """Prompts of the job, unusable ones included."""
+    prompt_ids: frozenset[str]
+    """Of all prompts of the job, unusable ones included."""
     job: Job
 
     @classmethod
@@ -81,28 +81,28 @@ class Inputs:
             max_prompt_tokens=limit,
             vocab_size=model["vocab_size"],
         )
-        total = count_usable(islice(prompts, config.limit), config.data.path)
+        prompt_ids = ids_of(islice(prompts, config.limit), config.data.path)
         job = Job.of(config, model_dir, limit)
-        return cls(config, model_dir, model, tokenizer, prompts, total, job)
+        return cls(config, model_dir, model, tokenizer, prompts, prompt_ids, job)
 
 
-def count_usable(prompts: Iterable[Prompt | Skipped], name: str) -> int:
-    """The number of records.
+def ids_of(prompts: Iterable[Prompt | Skipped], name: str) -> frozenset[str]:
+    """The prompt ids of all records.
 
     Raises:
         DataError: none of them gives a prompt.
     """
-    total, first_reason, num_usable = 0, "", 0
+    ids, first_reason, num_usable = list[str](), "", 0
     for prompt in prompts:
-        total += 1
+        ids.append(prompt.id)
         if isinstance(prompt, Skipped):
             first_reason = first_reason or f"{prompt.id}: {prompt.reason}"
         else:
             num_usable += 1
     if num_usable == 0:
         reason = first_reason or f"{name} is empty; give a source with records"
-        raise DataError(f"no usable record ({total} skipped): {reason}")
-    return total
+        raise DataError(f"no usable record ({len(ids)} skipped): {reason}")
+    return frozenset(ids)
 
 
 @dataclass
@@ -115,11 +115,13 @@ class Standalone:
     tally: Tally = field(init=False)
 
     def __post_init__(self) -> None:
-        counts = self.output.endings.count()
+        # the output may hold more, of a start with a higher limit
+        ids = self.inputs.prompt_ids
+        counts = self.output.endings.count(ids)
         self.tally = Tally(
-            self.inputs.total,
+            len(ids),
             self.printer.seconds,
-            done=len(self.output.done),
+            done=len(self.output.done & ids),
             skipped=counts[Outcome.SKIPPED],
             failed=counts[Outcome.FAILED],
         )

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from treepo_async.config.schema import AnyConfig, Config, GenerateConfig, knobs
-from treepo_async.config.validate import validate
+from treepo_async.config.validate import TRAINING_DATA, validate
 from treepo_async.errors import ConfigError
 
 SHORT_FORMS = {"learner": "learner.layout", "model": "model.path", "data": "data.path"}
@@ -72,7 +72,10 @@ def _parse(words: Sequence[str], schema: type[C]) -> C:
     files, dotlist = _split(words, keys)
     for file in files:
         with _blaming(str(file), keys):
-            merged = _merge(merged, _without_foreign(_load_yaml(file), keys), str(file), keys)
+            loaded = _load_yaml(file)
+            if schema is GenerateConfig:
+                loaded = _without_training(loaded, keys)
+            merged = _merge(merged, loaded, str(file), keys)
     for word in dotlist:
         with _blaming(word, keys):
             merged = _merge(merged, OmegaConf.from_dotlist([word]), word, keys)
@@ -151,11 +154,15 @@ def _load_yaml(file: Path) -> DictConfig:
     return loaded
 
 
-def _without_foreign(loaded: DictConfig, keys: _Keys) -> DictConfig:
-    """A file without what a run has and this has not."""
+def _without_training(loaded: DictConfig, keys: _Keys) -> DictConfig:
+    """A run's file without what only a run has."""
     foreign = {key.partition(".")[0] for key in _RUN_KEYS.names if key not in keys.names}
     own = {key.partition(".")[0] for key in keys.names}
     kept = {key: value for key, value in loaded.items_ex(resolve=False) if key not in foreign - own}
+    data = kept.get("data")
+    if isinstance(data, DictConfig):
+        items = data.items_ex(resolve=False)
+        kept["data"] = {key: value for key, value in items if key not in TRAINING_DATA}
     return OmegaConf.create(kept)
 
 

@@ -18,6 +18,8 @@ from treepo_async.config.schema import (
 from treepo_async.errors import ConfigError
 
 OUT_SUFFIXES = (".jsonl", ".parquet")
+TRAINING_DATA = ("trees", "eval_path", "epochs")
+"""Keys of the section `data` that only training has a use for."""
 
 
 def validate(config: AnyConfig) -> None:
@@ -129,7 +131,7 @@ def _check_generation(config: GenerateConfig) -> Iterator[str]:
         yield f"out={config.out} must end in {' or '.join(OUT_SUFFIXES)}"
     if config.data.path in BUILT_IN and config.limit is None:
         yield f"data={config.data.path} has no end; give limit=N"
-    for name in ("trees", "eval_path", "epochs"):
+    for name in TRAINING_DATA:
         if getattr(config.data, name) is not None:
             yield f"data.{name} is for training; here every record of data is taken once, leave it out"
     yield from _check_built_in(config)

@@ -153,18 +153,26 @@ def _parse(line: bytes) -> Mapping[str, Any] | DataError:
 
 def _parquet_rows(path: Path) -> Iterator[_Row]:
     # here, because pyarrow takes longer to import than a small file to read
-    from pyarrow import ArrowInvalid
+    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        batches = ParquetFile(path).iter_batches()
-    except ArrowInvalid as error:
+        file = ParquetFile(path)
+    except (ArrowException, OSError) as error:
         raise DataError(f"{path} is not a parquet file: {error}; write it again") from error
     number = 0
-    for batch in batches:
-        for fields in batch.to_pylist():
-            number += 1
-            yield number, fields
+    for group in range(file.num_row_groups):
+        end = number + file.metadata.row_group(group).num_rows
+        try:
+            for batch in file.iter_batches(row_groups=[group]):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield number, fields
+        except (ArrowException, OSError, UnicodeDecodeError) as error:
+            # nothing tells where in the group the damage ends
+            reason = f"its rows are damaged ({error}); write the file again"
+            yield from ((lost, DataError(reason)) for lost in range(number + 1, end + 1))
+            number = end
 
 
 def _dataset_rows(data: str) -> Iterator[_Row]:

@@ -8,6 +8,7 @@ with its reason; deadline `timeout_s`), `death` for the server's next death (who
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from treepo_async.errors import DeadlineError
@@ -92,6 +93,9 @@ class FixedEngine(Protocol):
 
     def delivered(self) -> None:
         """Work that needed the server came to its end: it is no use counting earlier deaths."""
+
+    def on_trial(self) -> AbstractContextManager[None]:
+        """While a piece of work has the server for itself: deaths are of its doing, and not counted either."""
 
     async def stop(self) -> None:
         """Leave nothing behind."""

@@ -5,8 +5,10 @@ request was lost is ended and started again too.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,11 +31,12 @@ class KeptEngine:
     model_dir: Path
     start_timeout_s: float
     max_restarts: int
-    """In a row, without work delivered in between."""
+    """In a row, without work delivered in between; a first restart `on_trial` is not one of them."""
     gate: FixedGate = field(init=False)
     deaths: Deaths = field(default_factory=Deaths)
     num_restarts: int = 0
     _num_in_a_row: int = 0
+    _is_on_trial: bool = False
     _checksum: str = ""
     _unanswered_since: float | None = None
 
@@ -64,6 +67,15 @@ class KeptEngine:
         """See `FixedEngine`."""
         self._num_in_a_row = 0
 
+    @contextlib.contextmanager
+    def on_trial(self) -> Iterator[None]:
+        """See `FixedEngine`."""
+        self._is_on_trial = True
+        try:
+            yield
+        finally:
+            self._is_on_trial = False
+
     async def stop(self) -> None:
         """See `FixedEngine`."""
         self.gate.close()
@@ -85,6 +97,9 @@ class KeptEngine:
     async def _restart(self, cause: str) -> None:
         self.gate.close()
         self.deaths.tell()
+        if self._is_on_trial:
+            # whoever has it for itself tries a bounded number of times; a server that does not start is counted
+            self._num_in_a_row -= 1
         while True:
             self._num_in_a_row += 1
             if self._num_in_a_row > self.max_restarts:

@@ -7,6 +7,7 @@ their old name while it is there are not noticed. Waits: for each answer (`CALL_
 """
 
 import asyncio
+import contextlib
 import logging
 import re
 import uuid
@@ -92,6 +93,10 @@ class RemoteEngine:
 
     def delivered(self) -> None:
         """See `FixedEngine`: nobody counts."""
+
+    def on_trial(self) -> contextlib.AbstractContextManager[None]:
+        """See `FixedEngine`: nobody counts."""
+        return contextlib.nullcontext()
 
     async def stop(self) -> None:
         """See `FixedEngine`: it is not ours to stop."""

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from treepo_async.scoring.exact import final_answer, same
 
-# a number that ends the text may go on with the next token
-_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*(?=[^\d.,]|[.,]+\D)")
+# a number that ends the text may go on with the next token; it is tried once, from its first digit and in its whole
+# length, so that the time is linear in the length of the text
+_NUMBER = re.compile(r"-?(?<!\d)(?<!\d[.,])\d++(?:[.,]\d++)*+(?=[^\d.,]|[.,]+\D)")
 
 
 def agreement(response: str, responses: Sequence[str]) -> float:

@@ -28,7 +28,7 @@ class Failure(StrEnum):
     DIED = "died"
     """Its process ended: a crash, `os._exit`, out of memory."""
     NOT_FINITE = "not_finite"
-    """It returned something that is no finite number."""
+    """It returned something that is no finite number, or too large for a float32."""
     BAD_KEY = "bad_key"
     """The answer key cannot be read, so no response can be right or wrong."""
 

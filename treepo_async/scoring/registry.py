@@ -7,6 +7,7 @@ beyond that (hang, crash, exit) is contained by `pool`.
 
 import importlib
 import math
+import struct
 import traceback
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -72,7 +73,7 @@ def attempt(scorer: Scorer, response: str, answer: str) -> Attempt:
             kind = type(returned).__name__
             return failed(
                 Failure.NOT_FINITE,
-                f"the scorer returned a {kind} for a finite number: {returned!r:.200}",
+                f"the scorer returned a {kind} for a finite number (float32): {returned!r:.200}",
             )
     except BadKeyError as error:
         return failed(Failure.BAD_KEY, str(error))
@@ -82,11 +83,13 @@ def attempt(scorer: Scorer, response: str, answer: str) -> Attempt:
 
 
 def _number(returned: Any) -> float | None:
-    """The finite number that was returned, a scalar of any library included; None for anything else."""
+    """The number that was returned, a scalar of any library included; None unless it is finite as a float32."""
     if isinstance(returned, str | bytes | bytearray):
         return None
     try:
         number = float(returned)
+        # trees hold float32s; raises OverflowError for what is infinite as one of them
+        struct.pack("<f", number)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return None
     return number if math.isfinite(number) else None

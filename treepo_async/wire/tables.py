@@ -3,7 +3,6 @@
 A table is written once, from a file of lines that is complete, and appears by one rename.
 """
 
-import os
 import types
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -14,6 +13,7 @@ import msgspec
 
 from treepo_async.errors import DataError, WireError
 from treepo_async.wire.forms import FLOAT32_FIELDS, Form, fields_of_line, line_of_row
+from treepo_async.wire.whole_file import whole_file
 
 ROWS_PER_GROUP = 256
 """What a reader has in memory at once."""
@@ -31,15 +31,14 @@ def write_table(lines_file: Path, table: Path, form: Form) -> None:
     import pyarrow.parquet as pq
 
     schema = pa.schema(_arrow_fields(pa, form.line))
-    temporary = table.with_name(f".{table.name}.tmp")
-    with lines_file.open("rb") as lines, temporary.open("wb") as file:
-        with pq.ParquetWriter(file, schema) as writer:
-            while batch := list(islice(lines, ROWS_PER_GROUP)):
-                rows = [fields_of_line(line, form) for line in batch]
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(table)
+    with (
+        lines_file.open("rb") as lines,
+        whole_file(table) as file,
+        pq.ParquetWriter(file, schema) as writer,
+    ):
+        while batch := list(islice(lines, ROWS_PER_GROUP)):
+            rows = [fields_of_line(line, form) for line in batch]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
 
 
 def read_lines(table: Path, form: Form) -> Iterator[bytes]:
@@ -65,12 +64,14 @@ class TableReader:
         Raises:
             DataError: the file is no parquet.
         """
-        from pyarrow import ArrowInvalid
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
 
+        # what a damaged page may raise besides: texts that are no UTF-8
+        self._damage = (ArrowException, OSError, UnicodeDecodeError)
         try:
             self._file = ParquetFile(table)
-        except ArrowInvalid as error:
+        except (ArrowException, OSError) as error:
             raise DataError(f"{table} is not a parquet file: {error}; write it again") from error
         groups = range(self._file.metadata.num_row_groups)
         self._sizes = [self._file.metadata.row_group(group).num_rows for group in groups]
@@ -80,13 +81,21 @@ class TableReader:
         return sum(self._sizes)
 
     def row(self, index: int) -> dict[str, Any]:
-        """The fields of a row."""
+        """The fields of a row.
+
+        Raises:
+            WireError: its group of rows is damaged.
+        """
         group = 0
         while index >= self._sizes[group]:
             index -= self._sizes[group]
             group += 1
         if group != self._group:
-            self._group, self._rows = group, self._file.read_row_group(group).to_pylist()
+            try:
+                rows = self._file.read_row_group(group).to_pylist()
+            except self._damage as error:
+                raise WireError(f"table rows are damaged: {error}") from error
+            self._group, self._rows = group, rows
         return self._rows[index]
 
 
