@@ -10,9 +10,7 @@ from collections.abc import Sequence
 
 from treepo_async.scoring.exact import final_answer, same
 
-# a number that ends the text may go on with the next token; it is tried once, from its first digit and in its whole
-# length, so that the time is linear in the length of the text
-_NUMBER = re.compile(r"-?(?<!\d)(?<!\d[.,])\d++(?:[.,]\d++)*+(?=[^\d.,]|[.,]+\D)")
+_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
 
 
 def agreement(response: str, responses: Sequence[str]) -> float:
@@ -37,5 +35,13 @@ def partial_answer(response: str) -> str | None:
     final = final_answer(response)
     if final is not None:
         return final
-    numbers = _NUMBER.findall(response)
-    return numbers[-1] if numbers else None
+    numbers = [found for found in _NUMBER.finditer(response) if _is_whole(response, found.end())]
+    return numbers[-1].group() if numbers else None
+
+
+def _is_whole(response: str, end: int) -> bool:
+    """Whether no next token can go on with the number that ends there: neither a digit nor a point and a digit."""
+    behind = end
+    while behind < len(response) and response[behind] in ".,":
+        behind += 1
+    return behind < len(response) or behind - end > 1
