@@ -155,3 +155,20 @@ def test_an_answer_on_the_last_token_allowed_is_an_answer():
     run, _ = ScriptedEngine(random.Random(0)).run(24)
     assert growth.add(extension, run, StopReason.BOXED) == []
     assert growth.tree.segments[-1].stop is StopReason.BOXED
+
+
+def test_a_tree_does_not_depend_on_the_order_in_which_requests_come_back():
+    def grown(order):
+        growth = start_growth(RULES, random.Random(0))
+        (first,) = growth.start()
+        engine = ScriptedEngine(random.Random(0))
+        growth.add(first, engine.run(4)[0], None)
+        requests = growth.add(first, engine.run(4)[0], None)
+        runs = [engine.run(4)[0] for _ in range(4)]
+        for i in order:
+            growth.add(requests[i], runs[2 * i], None)
+            growth.add(requests[i], runs[2 * i + 1], None)
+        return [(s.parent, s.token_ids.tolist()) for s in growth.tree.segments]
+
+    assert len(grown([0, 1])) == 6
+    assert grown([0, 1]) == grown([1, 0])

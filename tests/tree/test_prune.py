@@ -154,8 +154,11 @@ def test_a_path_too_old_for_any_batch_is_pruned_and_others_are_not():
     assert growth.tree.pruned == [0]
     # its forks go to the other one
     assert [(e.parent, e.num_runs) for e in second] == [(1, 4)]
-    add(growth, second[0], step=6)
+    for _ in range(4):
+        following = add(growth, second[0], step=6)
+    # one publication older than the newest token is not too old
     assert growth.tree.pruned == [0]
+    assert len(following) == 4
 
 
 def test_no_fallback_hangs_on_a_prefix_that_is_too_old():
