@@ -18,7 +18,6 @@ from treepo_async.types import (
     Provenance,
     Sampling,
     Segment,
-    StopReason,
     Trajectory,
     Tree,
     leaves_of,
@@ -48,7 +47,7 @@ class Scoring:
     ) -> Tree:
         """Score every leaf that was not pruned; one whose scorer fails gets NaN, as does a pruned one."""
         unscored = Tree(prompt, segments, _none(segments), _none(segments), sampling, provenance)
-        leaves = _finished(unscored)
+        leaves = np.flatnonzero(unscored.is_whole_L).tolist()
         responses = [self.decode(Trajectory(unscored, leaf).token_ids.tolist()) for leaf in leaves]
         accuracies_L = _none(segments)
         accuracies_L[leaves] = await self.scorer.score(responses, prompt.answer)
@@ -84,17 +83,11 @@ def shuffled(tree: Tree, rng: random.Random) -> Tree:
     A leaf gets the reward and the accuracy of one other leaf, or its own, a failed score's NaNs included. Pruned
     leaves stay out of it.
     """
-    leaves = _finished(tree)
+    leaves = np.flatnonzero(tree.is_whole_L).tolist()
     order = rng.sample(leaves, len(leaves))
     rewards_L, accuracies_L = tree.rewards_L.copy(), tree.accuracies_L.copy()
     rewards_L[leaves], accuracies_L[leaves] = tree.rewards_L[order], tree.accuracies_L[order]
     return replace(tree, rewards_L=rewards_L, accuracies_L=accuracies_L)
-
-
-def _finished(tree: Tree) -> list[int]:
-    """Leaves that were not pruned."""
-    stops = (tree.segments[segment].stop for segment in tree.leaves)
-    return [leaf for leaf, stop in enumerate(stops) if stop is not StopReason.PRUNED]
 
 
 def _none(segments: tuple[Segment, ...]) -> Float32:

@@ -79,11 +79,9 @@ class Tally:
             requests=cost.num_requests,
             delivered=delivered,
         )
-        stops = [tree.segments[leaf].stop for leaf in tree.leaves]
-        self.stops.update(str(stop) for stop in stops)
-        whole_L = np.array([stop is not StopReason.PRUNED for stop in stops])
-        scored_L = np.isfinite(tree.rewards_L) & whole_L
-        self._whole += int(whole_L.sum())
+        self.stops.update(str(tree.segments[leaf].stop) for leaf in tree.leaves)
+        scored_L = np.isfinite(tree.rewards_L) & tree.is_whole_L
+        self._whole += int(tree.is_whole_L.sum())
         self._scored += int(scored_L.sum())
         self._rewards[0] += float(tree.rewards_L[scored_L].sum())
         self._rewards[1] += float(tree.accuracies_L[scored_L].sum())

@@ -8,12 +8,12 @@ written before the message that brought it about is answered: what a peer was to
 resume are kept as far back as checkpoints are, and all since then.
 """
 
-import os
 import re
 from pathlib import Path
 
 from treepo_async.errors import ConfigError, DataError
 from treepo_async.replay.position import QueuePosition
+from treepo_async.wire.whole_file import whole_file
 
 NEWEST = "position.json"
 _OF_STEP = re.compile(r"position-(\d{1,18})\.json")
@@ -97,18 +97,8 @@ class PositionFiles:
 
     def _write(self, name: str, position: QueuePosition) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{name}"
-        with temporary.open("w") as file:
-            file.write(position.to_json(self._run_id))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / name)
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            # else the rename itself may be lost with the machine's power
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with whole_file(self.folder / name) as file:
+            file.write(position.to_json(self._run_id).encode())
 
 
 def _of_step(step: int) -> str:
