@@ -85,7 +85,11 @@ class House:
 def models():
     """Three random models that share nothing but their shape, in float32."""
     versions = (BASE, FIRST, SECOND)
-    return {version: tiny_qwen2(tied=False, seed=version.step).eval() for version in versions}
+    models = {version: tiny_qwen2(tied=False, seed=version.step).eval() for version in versions}
+    for model in models.values():
+        # SGLang would end any request there; what a test wants ended names its stop tokens
+        model.config.eos_token_id = model.generation_config.eos_token_id = None
+    return models
 
 
 @pytest.fixture(scope="module")
