@@ -358,7 +358,7 @@ async def test_kills_lose_no_finished_prompt_and_repeat_none(inputs, tmp_path, f
 
 async def test_two_actors_do_not_write_one_file(inputs, tmp_path):
     out = tmp_path / "o.jsonl"
-    async with sglang(latency_s=0.1) as fake:
+    async with sglang(latency_s=60.0) as fake:
         words = (*inputs, f"out={out}", f"engine.url={fake.url}")
         run = start(*words)
         await until(out.exists, timeout_s=RUN_S)

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.learner.ranks import Ranks
+from tests.learner.shares import batch_of
 from tests.oracle import random_tree, tiny_qwen2
 from treepo_async.config.layout import Layout
 from treepo_async.errors import ConfigError
@@ -92,7 +93,7 @@ def train(case):
             layout = str(case.layout)
             version = PolicyVersion(0, NUM_BEFORE)
             save(case.store(layout), team, version, layout=layout, probe_sequences=PROBE)
-        result = team.train(*batch, version=PolicyVersion(0, step))
+        result = team.train(batch_of(*batch), version=PolicyVersion(0, step))
     (scores,) = team.score(PROBE)
     tensors = {
         f"{kind} {name}": tensor.clone()

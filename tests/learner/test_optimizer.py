@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.learner.shares import share_of
 from tests.oracle import random_tree, tiny_qwen2, trajectory_loss
 
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("groups")]
@@ -21,7 +22,6 @@ def three_batches():
 def megatron_weights(model_dir, *, weight_decay=DECAY, max_grad_norm=MAX_NORM):
     from treepo_async.learner.objective import LossSettings
     from treepo_async.learner.optimizer import OptimizerSettings
-    from treepo_async.learner.share import divide
     from treepo_async.learner.step import build_learner
 
     learner = build_learner(
@@ -37,9 +37,7 @@ def megatron_weights(model_dir, *, weight_decay=DECAY, max_grad_norm=MAX_NORM):
         microbatch_tokens=100,
         seed=0,
     )
-    results = [
-        learner.train(*divide(*pair, num_replicas=1, budget_tokens=100)) for pair in three_batches()
-    ]
+    results = [learner.train(share_of(*pair, budget_tokens=100)) for pair in three_batches()]
     return dict(learner.export()), results
 
 

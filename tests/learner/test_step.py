@@ -6,9 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.learner.shares import share_of
 from tests.oracle import random_tree, sequence_logprobs, tiny_qwen2, trajectory_loss
-from treepo_async.learner.pack import pack_groups
-from treepo_async.learner.share import divide
+from treepo_async.learner.pack import pack
 from treepo_async.tree.advantage import batch_advantages
 from treepo_async.types import PolicyVersion
 
@@ -60,10 +60,14 @@ def relative(found, expected):
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def whole(learner, trees, advantages):
+def whole(learner, trees, advantages, **known):
     """The share of the only replica."""
-    (share,) = divide(trees, advantages, num_replicas=1, budget_tokens=learner.microbatch_tokens)
-    return share
+    return share_of(trees, advantages, budget_tokens=learner.microbatch_tokens, **known)
+
+
+def logprobs_of(learner, trees):
+    """Log-probs of every segment, those of unscored leaves too."""
+    return learner.logprobs(whole(learner, trees, [np.zeros(len(tree.leaves)) for tree in trees]))
 
 
 def gradient_errors(learner, reference):
@@ -86,7 +90,8 @@ def gradient_errors(learner, reference):
 
 def compare(learner, model_dir, trees, advantages, *, cap=2.0, proximal_logprobs=None):
     """Train once; the relative errors of the loss and of the worst gradient."""
-    result = learner.train(whole(learner, trees, advantages), proximal_logprobs=proximal_logprobs)
+    share = whole(learner, trees, advantages, proximal=proximal_logprobs or ())
+    result = learner.train(share)
     reference = reference_from(model_dir)
     loss = trajectory_loss(
         reference, trees, advantages, **CLIP, cap=cap, proximal_logprobs=proximal_logprobs
@@ -111,7 +116,7 @@ def test_they_equal_with_advantages_of_levels_as_well(model_dir):
     trees, _ = batch()
     advantages = batch_advantages(trees, "treerl", whitened=True, path_weights="unbiased")
     assert all(a.ndim == 2 for a in advantages)
-    proximal = shaken(learner.logprobs(trees))
+    proximal = shaken(logprobs_of(learner, trees))
     loss_error, gradient_error, result = compare(
         learner, model_dir, trees, advantages, proximal_logprobs=proximal
     )
@@ -134,7 +139,7 @@ def test_control_advantages_of_another_level_are_another_loss(model_dir):
 def test_they_equal_with_clipped_tokens_as_well(model_dir):
     learner = learner_from(model_dir)
     trees, advantages = batch()
-    proximal = shaken(learner.logprobs(trees))
+    proximal = shaken(logprobs_of(learner, trees))
     loss_error, gradient_error, result = compare(
         learner, model_dir, trees, advantages, proximal_logprobs=proximal
     )
@@ -158,7 +163,7 @@ def test_neither_the_microbatches_nor_the_order_of_trees_matters(model_dir):
 
 
 def test_control_positions_by_packed_index_are_another_model(model_dir, monkeypatch):
-    from treepo_async.learner.attention import PackedGPTModel
+    from treepo_async.learner.packed_model import PackedGPTModel
 
     monkeypatch.delattr(PackedGPTModel, "_preprocess")
     _, gradient_error, _ = compare(learner_from(model_dir), model_dir, *batch())
@@ -169,9 +174,9 @@ def test_control_labels_by_a_shift_are_another_loss(model_dir, monkeypatch):
     from treepo_async.learner import step
 
     def pack_shifted(*args):
-        return [replace(packed, target=packed.prev + 1) for packed in pack_groups(*args)]
+        return [replace(packed, target=packed.prev + 1) for packed in pack(*args)]
 
-    monkeypatch.setattr(step, "pack_groups", pack_shifted)
+    monkeypatch.setattr(step, "pack", pack_shifted)
     _, gradient_error, _ = compare(learner_from(model_dir), model_dir, *batch())
     assert gradient_error > 1e-2
 
@@ -186,13 +191,13 @@ def test_control_advantages_summed_before_the_clip_are_another_loss(model_dir, m
                 positive=np.maximum(packed.positive - packed.negative, 0),
                 negative=np.maximum(packed.negative - packed.positive, 0),
             )
-            for packed in pack_groups(*args)
+            for packed in pack(*args)
         ]
 
     learner = learner_from(model_dir)
     trees, advantages = batch()
-    proximal = shaken(learner.logprobs(trees))
-    monkeypatch.setattr(step, "pack_groups", pack_summed)
+    proximal = shaken(logprobs_of(learner, trees))
+    monkeypatch.setattr(step, "pack", pack_summed)
     _, gradient_error, _ = compare(
         learner, model_dir, trees, advantages, proximal_logprobs=proximal
     )
@@ -202,7 +207,7 @@ def test_control_advantages_summed_before_the_clip_are_another_loss(model_dir, m
 def test_log_probs_of_segments_and_sequences_equal_hugging_face(model_dir):
     learner, reference = learner_from(model_dir), reference_from(model_dir)
     trees, _ = batch()
-    found = learner.logprobs(trees)
+    found = logprobs_of(learner, trees)
     for tree, by_segment in zip(trees, found, strict=True):
         for leaf in tree.leaves:
             path = tree.path(leaf)
@@ -223,7 +228,7 @@ def test_statistics_are_means_per_trajectory_token(model_dir):
     learner = learner_from(model_dir)
     trees, advantages = batch(nan_share=0.0)
     version = PolicyVersion(0, 4)
-    current = learner.logprobs(trees)
+    current = logprobs_of(learner, trees)
     result = learner.train(whole(learner, trees, advantages), version=version)
     rows = [
         (len(tree.segments[i].token_ids), tree.segments[i], current[t][i])

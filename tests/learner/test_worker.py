@@ -21,8 +21,10 @@ from treepo_async.actor.replay_client import ReplayClient
 from treepo_async.actor.worker import Worker as ActorWorker
 from treepo_async.data.source import EndOfData
 from treepo_async.errors import DeadlineError, TreepoError
+from treepo_async.learner.batch import BatchRules
 from treepo_async.learner.optimizer import MOMENTS
-from treepo_async.learner.step import WEIGHTS, StepResult
+from treepo_async.learner.result import StepResult
+from treepo_async.learner.step import WEIGHTS
 from treepo_async.learner.worker import MAX_SKIPPED, Start, Worker, WorkerRules
 from treepo_async.tree.advantage import batch_advantages
 from treepo_async.types import PolicyVersion
@@ -33,10 +35,7 @@ from treepo_async.wire.sockets import BlockingRequester, Requester
 
 RULES = WorkerRules(
     num_steps=3,
-    estimator="treepo",
-    leave_one_out=False,
-    path_weights="equal",
-    whiten=True,
+    batch=BatchRules(estimator="treepo"),
     eval_every=2,
     save_every=2,
     batch_timeout_s=20.0,
@@ -82,12 +81,12 @@ class FakeTeam:
     def wait(self):
         self.num_waits += 1
 
-    def train(self, trees, advantages, *, version):
+    def train(self, batch, *, version):
         order = self.server.queue.order
-        leases = [tree.provenance.lease_id for tree in trees]
+        leases = [tree.provenance.lease_id for tree in batch.trees]
         consumed = [entry.lease_id for entry in order.consumed[order.next_step - 1]]
         assert leases == consumed, "consumed before it is computed on"
-        self.batches.append((trees, advantages))
+        self.batches.append((batch.trees, batch.advantages))
         self.calls.append((version, leases, self.server.queue.published))
         return self.results[len(self.calls) - 1] if self.results else DONE
 
@@ -207,7 +206,7 @@ async def test_each_step_consumes_trains_publishes_and_then_says_so(tmp_path, ca
     ],
 )
 async def test_a_batch_is_trained_with_the_advantages_that_the_rules_name(tmp_path, rules):
-    async with learning(tmp_path, num_steps=1, **rules) as it:
+    async with learning(tmp_path, num_steps=1, batch=BatchRules(**rules)) as it:
         await it.train()
         ((trees, found),) = it.team.batches
     options = {"estimator": "treepo", "whiten": True} | rules

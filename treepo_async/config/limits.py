@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from treepo_async.config.schema import AnyConfig
+from treepo_async.config.schema import AnyConfig, Config, LearnerConfig
 from treepo_async.errors import ConfigError
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
@@ -52,3 +52,30 @@ def prompt_limit(config: AnyConfig, model: Mapping[str, Any]) -> int:
     """Most prompt tokens: what the context leaves beside a full response."""
     room = context_length(config, model) - response_limit(config) - SPARE_TOKENS
     return min(config.data.max_prompt_tokens, room)
+
+
+NEEDS_PROXIMAL = frozenset({"geometric", "m2po"})
+"""Masks that must know the log-ratios of the whole batch first."""
+
+
+def gap_alarm(config: Config) -> float:
+    """Largest log-prob difference of engine and learner that passes without an alarm, in nats."""
+    if config.metrics.gap_alarm is not None:
+        return config.metrics.gap_alarm
+    return {"float32": 1e-4, "bfloat16": 0.5}[config.model.dtype]
+
+
+def mask_names(text: str) -> list[str]:
+    """The masks of `learner.mask`, e.g. `geometric+veto_segment`."""
+    return [] if text == "none" else [name.strip() for name in text.split("+")]
+
+
+def needs_proximal(settings: LearnerConfig) -> bool:
+    """Whether the log-probs under the weights at the start of a batch take a forward pass of their own."""
+    if settings.proximal != "auto":
+        return settings.proximal == "recomputed"
+    return (
+        settings.minibatches > 1
+        or settings.value_correction != "none"
+        or bool(NEEDS_PROXIMAL & set(mask_names(settings.mask)))
+    )

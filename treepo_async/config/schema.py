@@ -54,6 +54,18 @@ LEAVE_ONE_OUT = tuple(name for name in ESTIMATORS if name.startswith("treepo") o
 """Estimators that can leave a trajectory out of the means it is compared with."""
 PATH_WEIGHTS = ("equal", "unbiased")
 """What a trajectory counts; `tree.path_weights` says what each is."""
+LOSSES = ("ppo", "cispo", "gspo", "gspo_segment", "reinforce", "dppo")
+"""Policy losses; `learner.loss` says what each is."""
+NORMALIZERS = ("token_mean", "sequence_mean", "dr_grpo", "unique_token")
+"""What the loss is divided by; `learner.normalizer` says what each is."""
+CORRECTIONS = ("none", "truncated", "icepop", "importance")
+"""Importance weights of tokens that other weights sampled; `learner.correction` says what each is."""
+MASKS = ("geometric", "window", "k3", "veto_token", "veto_segment", "veto_subtree", "m2po")
+"""Rules that leave tokens out; `learner.mask` says what each is."""
+PROXIMALS = ("auto", "current", "recomputed", "interpolated")
+"""What the clip range is centred on; `learner.objective` says what each is."""
+KL_ESTIMATORS = ("k1", "k2", "k3")
+"""Of the divergence to the reference policy; `learner.loss` says what each is."""
 
 
 @dataclass
@@ -63,7 +75,11 @@ class ModelConfig:
     path: str = knob(
         TINY, "tiny or tiny-precedence (built and cached here), a Hugging Face folder, or a hub id"
     )
-    dtype: str = knob("float32", "of the engine and the learner", choices=("float32",))
+    dtype: str = knob(
+        "float32",
+        "of the engine and the learner; with bfloat16 the learner keeps float32 master weights",
+        choices=("float32", "bfloat16"),
+    )
 
 
 @dataclass
@@ -326,16 +342,101 @@ class LearnerConfig:
         choices=PATH_WEIGHTS,
     )
     whiten: bool = knob(True, "advantages to mean 0 and variance 1 over the tokens of the batch")
-    clip_low: float = knob(
-        0.2, "PPO clip range, 1 - clip_low; acts only with several updates a batch, here is one"
+    minibatches: int = knob(
+        1,
+        "updates of a batch, each on its share of the trees; PPO's clip acts from 2 on",
+        at_least=1,
     )
-    clip_high: float = knob(0.28, "PPO clip range, 1 + clip_high; see clip_low", at_least=0)
+    loss: str = knob(
+        "ppo",
+        "ppo (clipped, with dual_clip), cispo, gspo (ratio of a whole trajectory), gspo_segment, reinforce, dppo "
+        "(total-variation mask against the policy that sampled)",
+        choices=LOSSES,
+    )
+    anchor: str = knob(
+        "proximal",
+        "policy that the ratio of the loss is taken against: proximal, or behavior, which corrects for staleness "
+        "inside the loss and leaves nothing for learner.correction",
+        choices=("proximal", "behavior"),
+    )
+    proximal: str = knob(
+        "auto",
+        "log-probs that the clip range is centred on: current (of the very pass; one update a batch), recomputed "
+        "(one more forward pass at the start of the batch), interpolated (between behavior and current by the "
+        "lag, without that pass: A-3PO); auto: recomputed where it is needed",
+        choices=PROXIMALS,
+    )
+    clip_low: float = knob(0.2, "clip range, 1 - clip_low")
+    clip_high: float = knob(0.28, "clip range, 1 + clip_high", at_least=0)
+    dual_clip: float | None = knob(
+        None, "upper bound of the ratio where the advantage is negative; default: none", above=1
+    )
+    tv_clip: float = knob(0.2, "of loss=dppo: largest change of a token's probability", above=0)
+    normalizer: str = knob(
+        "token_mean",
+        "token_mean (of all trajectories), sequence_mean (of each, then over them), dr_grpo (by the response "
+        "limit), unique_token (each token once, however many trajectories share it)",
+        choices=NORMALIZERS,
+    )
+    kl_coef: float = knob(
+        0.0,
+        "weight of the divergence to the model the run began with; 0: no such model is kept",
+        at_least=0,
+    )
+    kl_estimator: str = knob("k3", "of that divergence", choices=KL_ESTIMATORS)
+    entropy_coef: float = knob(0.0, "weight of the entropy, which is lifted", at_least=0)
     correction: str = knob(
         "truncated",
-        "importance weight for stale tokens: truncated, none",
-        choices=("truncated", "none"),
+        "importance weight of tokens that other weights sampled: truncated (TIS), icepop (0 outside of "
+        "correction_floor..correction_cap), importance (no bound), none",
+        choices=CORRECTIONS,
     )
     correction_cap: float = knob(2.0, "upper bound of that weight", above=0)
+    correction_floor: float = knob(0.5, "lower bound of icepop", at_least=0)
+    correct_fresh: bool | None = knob(
+        None,
+        "also weigh tokens sampled under the very version trained from, where engine and learner differ by rounding "
+        "alone; default: with bfloat16 only",
+    )
+    mask: str = knob(
+        "none",
+        "leave tokens out, one or more joined by +: geometric (segments whose mean log-ratio is far off for their "
+        "length and lag), window (segments whose mean ratio is outside of mask_low..mask_high), k3 (segments "
+        "whose mean k3 is above mask_k3), veto_token, veto_segment, veto_subtree (what a ratio below mask_veto "
+        "stands in), m2po (the largest squared log-ratios, until their mean is mask_m2po)",
+    )
+    mask_sigmas: float = knob(
+        3.0, "of geometric: standard errors of a mean of that length ...", above=0
+    )
+    mask_lag: float = knob(0.02, "... and nats for each publication of lag", at_least=0)
+    mask_low: float = knob(0.8, "of window", above=0)
+    mask_high: float = knob(1.2, "of window", above=0)
+    mask_k3: float = knob(0.01, "of k3, in nats", above=0)
+    mask_veto: float = knob(1e-4, "of the vetoes", above=0)
+    mask_m2po: float = knob(0.04, "of m2po, in nats squared", above=0)
+    value_correction: str = knob(
+        "none",
+        "vtrace: the means that a trajectory is compared with weigh each leaf by how likely its path has become",
+        choices=("none", "vtrace"),
+    )
+    vtrace_cap: float = knob(1.0, "of vtrace: upper bound of a segment's factor", above=0)
+    packing: str = knob(
+        "auto",
+        "tree (what trajectories share is computed once), flat (each trajectory by itself), auto: the one that costs "
+        "less for a tree",
+        choices=("auto", "tree", "flat"),
+    )
+    attention: str = knob(
+        "auto",
+        "dense (any device, memory quadratic in a microbatch), cascade (CPU), flex (CUDA); auto by device",
+        choices=("auto", "dense", "cascade", "flex"),
+    )
+    recompute: str = knob(
+        "none",
+        "activations computed again in the backward pass: none, selective (attention), full (whole layers)",
+        choices=("none", "selective", "full"),
+    )
+    head_tokens: int = knob(4096, "trained tokens whose logits are in memory at once", at_least=1)
     microbatch_tokens: int = knob(
         4096, "unique tokens of one forward and backward pass", at_least=1
     )
@@ -383,9 +484,10 @@ class MetricsConfig:
     """What is recorded."""
 
     tensorboard: bool = knob(True, "write TensorBoard events beside metrics.jsonl")
-    gap_alarm: float = knob(
-        1e-4,
-        "alarm when log-probs of engine and learner differ by more nats at one version",
+    gap_alarm: float | None = knob(
+        None,
+        "alarm when log-probs of engine and learner differ by more nats at one version; default: 1e-4 with float32, "
+        "0.5 with bfloat16",
         above=0,
     )
 

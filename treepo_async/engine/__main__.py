@@ -9,6 +9,7 @@ from urllib.parse import urlparse
 import aiohttp
 
 from treepo_async.config.command_line import load
+from treepo_async.config.limits import gap_alarm
 from treepo_async.config.schema import Config
 from treepo_async.config.wiring import Wiring
 from treepo_async.engine.gatekeeper import GateKeeper
@@ -62,7 +63,7 @@ def _host_rules(config: Config) -> HostRules:
         eval_timeout_s=config.eval.timeout_s,
         max_restarts=config.engine.max_restarts,
         max_staleness=config.replay.max_staleness,
-        gap_alarm=config.metrics.gap_alarm,
+        gap_alarm=gap_alarm(config),
         grows_trees=config.data.trees is None,
     )
 

@@ -1,7 +1,6 @@
-"""Attention and positions of a packed forest, as Megatron modules.
+"""Attention of a packed forest, as a Megatron module.
 
-`TreeAttention` replaces `core_attention` in the layer spec; `PackedGPTModel` is a GPTModel whose rotary embedding
-follows `position_ids`. Neighbours: `pack` makes `end` and `position_ids`, `model` builds the spec.
+`TreeAttention` replaces `core_attention` in the layer spec. Neighbours: `pack` makes `end`, `model` builds the spec.
 
 Invariant: `end` travels as an int32 tensor in Megatron's `attention_mask` slot, so activation recompute saves it and every
 pipeline stage has it; nothing about a tree is kept on a module.
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from treepo_async.learner.mcore import GPTModel, MegatronModule
+from treepo_async.learner.mcore import MegatronModule
 
 
 def visibility(end: Tensor) -> Tensor:
@@ -61,15 +60,3 @@ class TreeAttention(MegatronModule):
             enable_gqa=True,
         )
         return mixed.permute(2, 0, 1, 3).flatten(start_dim=2)
-
-
-class PackedGPTModel(GPTModel):
-    """A GPTModel whose rotary embedding follows `position_ids`; the stock one takes the packed index."""
-
-    def _preprocess(
-        self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        hidden, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        frequency = self.rotary_pos_emb.inv_freq
-        angle = position_ids.to(frequency.device).t().float()[..., None] * frequency  # [T, 1, D/2]
-        return (hidden, torch.cat([angle, angle], dim=-1)[:, :, None, :], *rest)

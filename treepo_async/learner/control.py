@@ -24,9 +24,10 @@ class Order(IntEnum):
 
     WAIT = 0
     TRAIN = 1
-    SCORE = 2
-    EXPORT = 3
-    STOP = 4
+    LOGPROBS = 2
+    SCORE = 3
+    EXPORT = 4
+    STOP = 5
 
 
 class Control:
@@ -79,20 +80,40 @@ class Control:
         """
         if self.rank == 0:
             for leader, payload in zip(self._leaders[1:], payloads[1:], strict=True):
-                dist.send(torch.tensor([len(payload)]), leader, group=self._world)
-                dist.send(_tensor(payload), leader, group=self._world)
+                self._send(payload, leader)
             mine: bytes | None = payloads[0]
         elif self.rank in self._leaders:
-            mine = self._receive_payload()
+            mine = self._receive_payload(0)
         else:
             mine = None
         return self._share_in_replica(mine)
 
-    def _receive_payload(self) -> bytes:
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Bring the payload of each data-parallel replica to rank 0.
+
+        Args:
+            payload: the same on all ranks of a replica.
+
+        Returns:
+            On rank 0 one per replica; on the others nothing.
+        """
+        if self.rank == 0:
+            return [payload, *(self._receive_payload(leader) for leader in self._leaders[1:])]
+        if self.rank in self._leaders:
+            self._send(payload, 0)
+        return []
+
+    def _send(self, payload: bytes, to: int) -> None:
+        dist.send(torch.tensor([len(payload)]), to, group=self._world)
+        if payload:
+            dist.send(_tensor(payload), to, group=self._world)
+
+    def _receive_payload(self, source: int) -> bytes:
         size = torch.tensor([0])
-        dist.recv(size, 0, group=self._world)
+        dist.recv(size, source, group=self._world)
         data = torch.empty(int(size), dtype=torch.uint8)
-        dist.recv(data, 0, group=self._world)
+        if len(data):
+            dist.recv(data, source, group=self._world)
         return _bytes(data)
 
     def _share_in_replica(self, payload: bytes | None) -> bytes:

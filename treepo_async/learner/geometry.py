@@ -1,7 +1,8 @@
-"""Where the segments of one tree lie when its tokens stand in depth-first pre-order.
+"""Where the segments of one piece lie when its tokens stand in depth-first pre-order.
 
-Axis letters: `S` segments in creation order, `L` leaves, `D` grid levels, `T` sampled tokens in packed order. Neighbour:
-`pack`. Pure numpy; indices count from the tree's first prompt token.
+Axis letters: `M` the piece's segments in packed order, `L` leaves of the tree, `J` leaves of the piece, `D` grid levels, `T` sampled
+tokens in packed order, `K` pairs of a leaf and a segment on its path. Neighbour: `pack`. Pure numpy; indices count from the
+piece's first prompt token.
 
 Invariant: in pre-order the subtree of a segment is one contiguous range that the segment's own tokens open. Hence
 `k` is on the path of `q` exactly when `k <= q < end[k]`, where `end[k]` closes the subtree of k's segment: an ancestor's
@@ -40,107 +41,106 @@ def depth_first(parents: Sequence[int]) -> list[int]:
     return order
 
 
-def by_level(tree: Tree, advantages: Float64, tree_index: int) -> Float64:
-    """Advantages of one tree as [L, D], those of whole trajectories on all of their levels.
+def by_level(tree: Tree, values: Float64, name: str) -> Float64:
+    """Values of one tree as [L, D], those of whole trajectories on all of their levels.
 
     Args:
         tree: that they are of.
-        advantages: [L] or [L, D]; what stands behind a leaf's own last level is not read.
-        tree_index: names the tree in errors.
+        values: [L] or [L, D]; what stands behind a leaf's own last level is not read.
+        name: of the values, in errors.
 
     Raises:
         TreeError: they have another shape, or a leaf has some that are NaN and some that are not.
     """
-    advantages = np.asarray(advantages, np.float64)
+    values = np.asarray(values, np.float64)
     num_leaves, depth = len(tree.leaves), num_levels(tree)
-    if advantages.shape not in ((num_leaves,), (num_leaves, depth)):
+    if values.shape not in ((num_leaves,), (num_leaves, depth)):
         raise TreeError(
-            f"advantages[{tree_index}] has shape {list(advantages.shape)}, the tree has {num_leaves} "
+            f"{name} has shape {list(values.shape)}, the tree has {num_leaves} "
             f"leaves and {depth} levels; it needs one value per leaf, or one per leaf and level"
         )
-    if advantages.ndim == 1:
-        return np.broadcast_to(advantages[:, None], (num_leaves, depth))
+    if values.ndim == 1:
+        return np.broadcast_to(values[:, None], (num_leaves, depth))
     level_L1 = np.array([[tree.segments[leaf].level] for leaf in tree.leaves])
-    torn_LD = np.isnan(advantages) != np.isnan(advantages[:, :1])
+    torn_LD = np.isnan(values) != np.isnan(values[:, :1])
     torn = np.argwhere(torn_LD & (np.arange(depth) <= level_L1))
     if len(torn) > 0:
         leaf, level = torn[0]
         raise TreeError(
-            f"advantages[{tree_index}] is {advantages[leaf, level]} for leaf {leaf} at level {level} and "
-            f"{advantages[leaf, 0]} at level 0; a leaf counts at all of its levels or, with NaN, at none"
+            f"{name} is {values[leaf, level]} for leaf {leaf} at level {level} and "
+            f"{values[leaf, 0]} at level 0; a leaf counts at all of its levels or, with NaN, at none"
         )
-    return advantages
+    return values
 
 
 class Geometry:
-    """Where the segments of one tree lie behind its prompt; per-segment arrays stand in creation order."""
+    """Where the segments on the paths of some leaves of a tree lie behind its prompt."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, leaves: Sequence[int]) -> None:
+        """Lay out.
+
+        Args:
+            tree: any.
+            leaves: indices into `tree.leaves`, [J].
+        """
+        paths = [tree.path(tree.leaves[leaf]) for leaf in leaves]
+        chosen = {segment for path in paths for segment in path}
+        order = [i for i in depth_first([s.parent for s in tree.segments]) if i in chosen]
+        slot_of = {segment: slot for slot, segment in enumerate(order)}
+        segments = [tree.segments[i] for i in order]
         self.num_prompt = len(tree.prompt.token_ids)
-        self._parents = [s.parent for s in tree.segments]
-        self.parent_S = np.array(self._parents)
-        self.level_S = np.array([s.level for s in tree.segments])
-        self.length_S = np.array([len(s) for s in tree.segments])
-        self.order = np.array(depth_first(self._parents))
-        ordered = self.length_S[self.order]
-        self.start_S = np.empty_like(self.length_S)
-        self.start_S[self.order] = self.num_prompt + np.cumsum(ordered) - ordered
-        self.index_T = np.arange(self.num_prompt, self.num_prompt + ordered.sum())
+        self.segment_M = np.array(order, np.int64)
+        """Index of each in the tree."""
+        self.parent_M = np.array([slot_of.get(s.parent, ROOT) for s in segments], np.int64)
+        """Place of each one's parent among them, `ROOT` for the prompt."""
+        self.level_M = np.array([s.level for s in segments], np.int64)
+        self.length_M = np.array([len(s) for s in segments], np.int64)
+        self.start_M = self.num_prompt + np.cumsum(self.length_M) - self.length_M
+        self.index_T = np.arange(self.num_prompt, self.num_prompt + self.length_M.sum())
+        self.path_leaf_K = np.repeat(np.arange(len(paths)), [len(path) for path in paths])
+        """Which leaf of the piece, by place in `leaves`, ..."""
+        self.path_slot_K = np.array([slot_of[i] for path in paths for i in path], np.int64)
+        """... has which segment, by place among them, on its path."""
 
-    def spread(self, per_segment: NDArray[Any]) -> NDArray[Any]:
-        """A value per segment `[S, ...]` to a value per sampled token `[T, ...]`, in packed order."""
-        return np.repeat(per_segment[self.order], self.length_S[self.order], axis=0)
+    def spread(self, values_M: NDArray[Any]) -> NDArray[Any]:
+        """A value per segment `[M, ...]` to a value per sampled token `[T, ...]`."""
+        return np.repeat(values_M, self.length_M, axis=0)
 
     def prev(self) -> Int64:
         """Packed index of each sampled token's predecessor on its path."""
-        last_S = self.start_S + self.length_S - 1
-        before_S = np.where(self.parent_S == ROOT, self.num_prompt - 1, last_S[self.parent_S])
+        last_M = self.start_M + self.length_M - 1
+        before_M = np.where(self.parent_M == ROOT, self.num_prompt - 1, last_M[self.parent_M])
         return np.where(
-            self.index_T == self.spread(self.start_S), self.spread(before_S), self.index_T - 1
+            self.index_T == self.spread(self.start_M), self.spread(before_M), self.index_T - 1
         )
 
     def depth(self) -> Int64:
         """Depth of each sampled token on its path, the prompt included."""
-        depth_S = np.full_like(self.length_S, self.num_prompt)
-        for i, parent in enumerate(self.parent_S):
+        depth_M = np.full_like(self.length_M, self.num_prompt)
+        for slot, parent in enumerate(self.parent_M):
             if parent != ROOT:
-                depth_S[i] = depth_S[parent] + self.length_S[parent]
-        return self.index_T - self.spread(self.start_S) + self.spread(depth_S)
+                depth_M[slot] = depth_M[parent] + self.length_M[parent]
+        return self.index_T - self.spread(self.start_M) + self.spread(depth_M)
 
     def end(self) -> Int64:
         """Where the subtree of each sampled token's segment closes."""
-        end_S = self.start_S + self.length_S
-        for i in reversed(range(len(end_S))):
-            parent = self.parent_S[i]
+        end_M = self.start_M + self.length_M
+        for slot in reversed(range(len(end_M))):
+            parent = self.parent_M[slot]
             if parent != ROOT:
-                end_S[parent] = max(end_S[parent], end_S[i])
-        return self.spread(end_S)
+                end_M[parent] = max(end_M[parent], end_M[slot])
+        return self.spread(end_M)
 
-    def leaf_sums(self, leaves: Sequence[int], advantages_LD: Float64) -> Float64:
-        """Sums of max(A, 0), max(-A, 0) and 1 over the counted leaves below each sampled token, [T, 3].
+    def sums(self, terms_JD: Float64) -> Float64:
+        """Sum over the leaves below each segment of their terms at its level, [M]."""
+        sums_M = np.zeros(len(self.parent_M))
+        levels_K = self.level_M[self.path_slot_K]
+        np.add.at(sums_M, self.path_slot_K, terms_JD[self.path_leaf_K, levels_K])
+        return sums_M
 
-        Args:
-            leaves: segment index of each leaf, [L].
-            advantages_LD: A, per leaf and grid level; a leaf counts unless its value at level 0 is NaN.
-        """
-        sums_S3 = np.zeros((len(self.parent_S), 3))
-        terms_LD3 = np.stack(
-            [
-                np.maximum(advantages_LD, 0.0),
-                np.maximum(-advantages_LD, 0.0),
-                np.ones_like(advantages_LD),
-            ],
-            axis=2,
-        )
-        for leaf in np.flatnonzero(~np.isnan(advantages_LD[:, 0])).tolist():
-            path = self._path(leaves[leaf])
-            sums_S3[path] += terms_LD3[leaf, self.level_S[path]]
-        return self.spread(sums_S3)
-
-    def _path(self, segment: int) -> list[int]:
-        """Segments from this one up to the prompt."""
-        path = []
-        while segment != ROOT:
-            path.append(segment)
-            segment = self._parents[segment]
-        return path
+    def totals(self, terms_JD: Float64) -> Float64:
+        """Sum over the tokens of each leaf's path of its terms at their levels, [J]."""
+        totals_J = np.zeros(len(terms_JD))
+        terms_K = terms_JD[self.path_leaf_K, self.level_M[self.path_slot_K]]
+        np.add.at(totals_J, self.path_leaf_K, terms_K * self.length_M[self.path_slot_K])
+        return totals_J

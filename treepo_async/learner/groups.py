@@ -75,7 +75,7 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def share(items: Sequence[Item], filler: Item) -> list[Item]:
+def share_out(items: Sequence[Item], filler: Item) -> list[Item]:
     """This data-parallel rank's items, as many as every other rank's; what is short is filled up."""
     dp = parallel_state.get_data_parallel_world_size()
     num_fillers = -len(items) % dp if items else dp
@@ -86,6 +86,11 @@ def add_up(values: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
     """Reduce in place over data-parallel ranks and pipeline stages; tensor-parallel ranks already agree."""
     dist.all_reduce(values, op=op, group=parallel_state.get_data_parallel_group())
     dist.all_reduce(values, op=op, group=parallel_state.get_pipeline_model_parallel_group())
+
+
+def sum_stages(values: Tensor) -> None:
+    """Sum in place over the pipeline stages of this replica."""
+    dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
 
 
 def gather_shares(share: Tensor) -> list[Tensor]:

@@ -9,7 +9,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from treepo_async.learner.attention import PackedGPTModel, TreeAttention
+from treepo_async.learner.attention import TreeAttention
 from treepo_async.learner.groups import device
 from treepo_async.learner.mcore import (
     DistributedDataParallel,
@@ -21,6 +21,7 @@ from treepo_async.learner.mcore import (
     get_num_layers_to_build,
     parallel_state,
 )
+from treepo_async.learner.packed_model import PackedGPTModel
 from treepo_async.learner.shape import ModelShape, check_split
 
 
@@ -93,7 +94,7 @@ def _transformer_config(shape: ModelShape, *, sequence_parallel: bool) -> Transf
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",  # demanded with variable lengths, of dense models too
         cuda_graph_scope=[],
-        calculate_per_token_loss=True,  # the gradient is divided by the batch's trajectory tokens
+        calculate_per_token_loss=True,  # that is, not per microbatch: the normalizer is in the weights
         finalize_model_grads_func=finalize_model_grads,
         **_without_kernels(),
     )

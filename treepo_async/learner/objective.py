@@ -7,17 +7,14 @@ batch's trajectory tokens at the end makes a mean per trajectory token.
 """
 
 from dataclasses import dataclass
-from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from treepo_async.learner.bounds import Bounds
 from treepo_async.learner.correction import find_correction
-from treepo_async.learner.logprobs import predicting_logits, token_entropy, token_logprobs
+from treepo_async.learner.edges import Edges
 from treepo_async.learner.loss import clipped, token_loss
-from treepo_async.learner.pack import Float32, PackedBatch
-from treepo_async.types import PolicyVersion
 
 SUMS = (
     "loss", "weight", "capped", "clipped", "kl_behavior", "entropy",
@@ -39,50 +36,6 @@ class LossSettings:
     """Largest correction weight."""
 
 
-@dataclass(frozen=True, slots=True)
-class Edges:
-    """The trained tokens of a microbatch on the device, `[E]` each; the names are those of `PackedBatch`."""
-
-    prev: Tensor
-    label: Tensor
-    temperature: Tensor
-    positive: Tensor
-    negative: Tensor
-    count: Tensor
-    behavior_logprobs: Tensor
-    proximal_logprobs: Tensor | None
-    """None centres the clip range on the current policy."""
-    comparable: Tensor
-    """Whether the token was sampled, with a KV cache of one version, under the version trained from."""
-
-    @classmethod
-    def of(
-        cls,
-        batch: PackedBatch,
-        device: torch.device,
-        version: PolicyVersion | None = None,
-        proximal_logprobs: Float32 | None = None,
-    ) -> Self:
-        """Move the trained tokens of a microbatch to the device."""
-
-        def place(values: np.ndarray) -> Tensor:
-            return torch.from_numpy(values).to(device)
-
-        lineage, step = version or (-1, -1)
-        same = (batch.lineage == lineage) & (batch.policy_step == step) & ~batch.mixed_context
-        return cls(
-            prev=place(batch.prev),
-            label=place(batch.input_ids[batch.target]),
-            temperature=place(batch.temperature),
-            positive=place(batch.positive),
-            negative=place(batch.negative),
-            count=place(batch.count),
-            behavior_logprobs=place(batch.behavior_logprobs),
-            proximal_logprobs=None if proximal_logprobs is None else place(proximal_logprobs),
-            comparable=place(same),
-        )
-
-
 class Objective:
     """The loss of `LossSettings` over the trained tokens of one microbatch.
 
@@ -96,19 +49,21 @@ class Objective:
         self.correct = find_correction(settings.correction)
         self.cap = settings.correction_cap
 
-    def __call__(self, edges: Edges, logits_TV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(
+        self, edges: Edges, logprobs: Tensor, entropy: Tensor, bounds: Bounds
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss and statistics of a microbatch.
 
         Args:
             edges: its trained tokens.
-            logits_TV: its logits, split over tensor-parallel ranks.
+            logprobs: [E], of the policy being trained, with a gradient.
+            entropy: [E], of the distributions the tokens were drawn from, in nats.
+            bounds: of the whole batch.
 
         Returns:
             The loss summed over the tokens, `[]`, with a gradient; the sums named by `SUMS`, float64 `[S]`; and the
-            largest gap between learner and behavior log-prob of a comparable token, float64 `[]`.
+            largest gap between learner and behavior log-prob of a fresh token, float64 `[]`.
         """
-        logits_EV = predicting_logits(logits_TV, edges.prev, edges.temperature)
-        logprobs = token_logprobs(logits_EV, edges.label)
         proximal = edges.proximal_logprobs
         if proximal is None:
             proximal = logprobs.detach()
@@ -137,12 +92,12 @@ class Objective:
                 weight >= self.cap,
                 is_clipped,
                 _k3(log_ratio),
-                token_entropy(logits_EV),
+                entropy,
             )
-            gap = torch.where(edges.comparable, log_ratio.abs(), 0.0)
+            gap = torch.where(edges.is_fresh, log_ratio.abs(), 0.0)
             sums = [loss, *((edges.count * values).sum() for values in weighted)]
             num_trained = edges.count.new_tensor(len(edges.count))
-            sums += [edges.count.double().sum(), gap.sum(), edges.comparable.sum()]
+            sums += [edges.count.double().sum(), gap.sum(), edges.is_fresh.sum()]
             sums += [num_trained, (num_trained > 0).float()]
             gap_max = torch.cat([gap.new_zeros(1), gap]).max()
         return loss, torch.stack([value.double() for value in sums]), gap_max.double()

@@ -1,14 +1,14 @@
-"""Trees to microbatches: every unique token once, in depth-first pre-order.
+"""Pieces of trees to microbatches: every unique token of a piece once, in depth-first pre-order.
 
-Axis letters: `L` leaves, `D` grid levels of a tree, `T` packed tokens, `E` trained tokens. Neighbours: `geometry` places the segments of a tree,
-`attention` reads `end`, `loss` reads the three floats per trained token, `step` walks the microbatches. Pure numpy.
+Axis letters: `L` leaves and `D` grid levels of a tree, `T` packed tokens, `E` trained tokens, `M` trained segments ("slots"), `J`
+trajectories, `K` pairs of a trajectory and a slot on its path. Neighbours: `geometry` places the segments of a piece, `divide` chooses
+the pieces, `attention` reads `end`, the losses read the floats per trained token. Pure numpy.
 
 Invariant: `k` is on the path of `q` exactly when `k <= q < end[k]`; `geometry` says why.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from treepo_async.errors import TreeError
 from treepo_async.learner.geometry import Geometry, by_level
-from treepo_async.types import Tree
+from treepo_async.learner.piece import Piece
+from treepo_async.types import ROOT, Tree
 
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
@@ -43,12 +44,14 @@ class PackedBatch:
     """[E], packed index of the predecessor of each trained token."""
     target: Int64
     """[E], packed index of each trained token; its label is `input_ids[target]`."""
-    positive: Float32
-    """[E], sum of max(A, 0) over the counted leaves below, A on the token's level."""
-    negative: Float32
-    """[E], sum of max(-A, 0) over the counted leaves below, A on the token's level."""
+    positive: Float64
+    """[E], P: sum of w * max(A, 0) over the piece's leaves below, weight and advantage those of the token's level."""
+    negative: Float64
+    """[E], N: sum of w * max(-A, 0) over the piece's leaves below."""
+    weight: Float64
+    """[E], W: sum of w over the piece's leaves below. All three are divided by the normalizer of the batch already."""
     count: Float32
-    """[E], number of counted leaves below."""
+    """[E], number of the piece's leaves below."""
     behavior_logprobs: Float32
     """[E]"""
     temperature: Float32
@@ -61,10 +64,22 @@ class PackedBatch:
     """[E], whether part of the KV cache behind the token was computed under older weights."""
     level: Int32
     """[E], grid level of the token's segment."""
-    tree_index: Int64
-    """[E], index into the sequence of trees that was packed."""
-    segment_index: Int64
-    """[E], index into the segments of that tree."""
+    slot: Int64
+    """[E], the token's segment as an index into the slots, ascending."""
+    slot_tree: Int64
+    """[M], index into the sequence of trees that was packed."""
+    slot_segment: Int64
+    """[M], index into the segments of that tree."""
+    slot_parent: Int64
+    """[M], slot of the parent, below its own index; `ROOT` where that is the prompt."""
+    path_trajectory: Int64
+    """[K], which trajectory of the microbatch ..."""
+    path_slot: Int64
+    """[K], ... has which slot on its path; every trajectory is whole."""
+    trajectory_positive: Float64
+    """[J], sum of w * max(A, 0) over the tokens of each trajectory."""
+    trajectory_negative: Float64
+    """[J], sum of w * max(-A, 0) over the tokens of each trajectory."""
 
     @property
     def num_tokens(self) -> int:
@@ -82,67 +97,50 @@ class PackedBatch:
         return int(self.count.sum(dtype=np.float64))
 
     def segments(self) -> Iterator[tuple[int, int, slice]]:
-        """Yield (tree, segment, its slice of the E axis) for every trained segment."""
-        moved = (np.diff(self.tree_index) != 0) | (np.diff(self.segment_index) != 0)
-        bounds = [0, *(np.flatnonzero(moved) + 1).tolist(), self.num_trained_tokens]
-        for start, stop in pairwise(bounds):
-            if start < stop:
-                yield (
-                    int(self.tree_index[start]),
-                    int(self.segment_index[start]),
-                    slice(start, stop),
-                )
+        """Yield (tree, segment, its slice of the E axis) for every slot; a segment may have several, in as many pieces."""
+        stops = np.cumsum(np.bincount(self.slot, minlength=len(self.slot_tree))).tolist()
+        starts = [0, *stops][: len(stops)]
+        for slot, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            yield int(self.slot_tree[slot]), int(self.slot_segment[slot]), slice(start, stop)
 
 
-PACKED_INDICES = ("end", "prev", "target")
-"""Fields that hold packed indices and move with the place of a tree in its microbatch."""
+SHIFTED: dict[str, str] = {
+    "end": "input_ids",
+    "prev": "input_ids",
+    "target": "input_ids",
+    "slot": "slot_tree",
+    "slot_parent": "slot_tree",
+    "path_slot": "slot_tree",
+    "path_trajectory": "trajectory_positive",
+}
+"""Fields that hold indices, and a field on the axis they point into: they move with the place of a piece in its microbatch."""
 
 
 def pack(
-    trees: Sequence[Tree], advantages: Sequence[Float64], budget_tokens: int, align: int = 1
+    trees: Sequence[Tree],
+    advantages: Sequence[Float64],
+    weights: Sequence[Float64],
+    microbatches: Sequence[Sequence[Piece]],
+    align: int = 1,
 ) -> list[PackedBatch]:
-    """Lay trees out in microbatches of whole trees, in their order.
+    """Lay pieces of trees out in microbatches.
 
     Args:
-        trees: any number; a leaf whose advantage is NaN contributes nothing, and tokens below no other leaf
-            are context that is not trained.
-        advantages: per tree one number per leaf, `[L]`, or one per leaf and level, `[L, D]`; what stands behind
-            a leaf's own last level is not read.
-        budget_tokens: most tokens of a microbatch; a single larger tree gets one of its own.
+        trees: that the pieces are of.
+        advantages: A, per tree one number per leaf, `[L]`, or one per leaf and level, `[L, D]`; what stands behind a
+            leaf's own last level is not read.
+        weights: w, as `advantages`: what a token of a trajectory weighs in the loss.
+        microbatches: pieces of each; one without any becomes an `empty_batch`.
         align: every microbatch is padded to a multiple of this with roots that see only themselves.
 
     Raises:
-        TreeError: the advantages of a tree have another shape, or a leaf has some that are NaN and some that are not.
+        TreeError: the advantages or weights of a tree have another shape, or a leaf of a piece has some that are NaN.
     """
-    groups = next_fit([num_packed_tokens(tree) for tree in trees], budget_tokens)
-    return pack_groups(trees, advantages, groups, align)
-
-
-def pack_groups(
-    trees: Sequence[Tree],
-    advantages: Sequence[Float64],
-    groups: Sequence[Sequence[int]],
-    align: int = 1,
-) -> list[PackedBatch]:
-    """Lay trees out in microbatches that are given.
-
-    Args:
-        trees: as for `pack`.
-        advantages: as for `pack`.
-        groups: per microbatch, indices of its trees; one without any becomes an `empty_batch`.
-        align: as for `pack`.
-
-    Raises:
-        TreeError: as for `pack`.
-    """
-    layouts = [
-        _lay_out(tree, by_level(tree, values, i), i)
-        for i, (tree, values) in enumerate(zip(trees, advantages, strict=True))
-    ]
-    return [
-        _pad(_concatenate([layouts[i] for i in group]), align) if group else empty_batch(align)
-        for group in groups
-    ]
+    packed = []
+    for pieces in microbatches:
+        layouts = [_lay_out(trees[p.tree], advantages[p.tree], weights[p.tree], p) for p in pieces]
+        packed.append(_pad(_concatenate(layouts), align) if layouts else empty_batch(align))
+    return packed
 
 
 def pack_sequences(
@@ -150,7 +148,7 @@ def pack_sequences(
 ) -> list[PackedBatch]:
     """Lay plain sequences out like trees of one path, every token after the first trained at temperature 1.
 
-    `tree_index` counts the sequences; advantages are 0 and `count` is 1.
+    `slot_tree` counts the sequences; advantages are 0, `weight` and `count` are 1.
 
     Raises:
         TreeError: a sequence is empty.
@@ -205,70 +203,96 @@ def edge_values(batch: PackedBatch, values: Sequence[Sequence[Float32]]) -> Floa
     return gathered
 
 
-def _lay_out(tree: Tree, advantages_LD: Float64, tree_index: int) -> PackedBatch:
-    """One tree as a microbatch of its own, without padding."""
-    place, prompt_P = Geometry(tree), tree.prompt.token_ids
-    ordered = [tree.segments[i] for i in place.order]
-    sums_T3 = place.leaf_sums(tree.leaves, advantages_LD)
-    kept = sums_T3[:, 2] > 0
-    sums_E3 = sums_T3[kept].astype(np.float32)
+def _lay_out(tree: Tree, advantages: Float64, weights: Float64, piece: Piece) -> PackedBatch:
+    """One piece as a microbatch of its own, without padding."""
+    chosen = list(piece.leaves)
+    advantages_JD = by_level(tree, advantages, f"advantages[{piece.tree}]")[chosen]
+    weights_JD = by_level(tree, weights, f"weights[{piece.tree}]")[chosen]
+    if np.isnan(advantages_JD[:, 0]).any():
+        raise TreeError(
+            f"a piece of tree {piece.tree} has a leaf whose advantage is NaN: leave it out"
+        )
+    positive_JD = weights_JD * np.maximum(advantages_JD, 0.0)
+    negative_JD = weights_JD * np.maximum(-advantages_JD, 0.0)
 
-    def trained(values: Iterable[Any], dtype: type) -> NDArray[Any]:
-        return place.spread(np.array(list(values), dtype))[kept]
+    place, prompt_P = Geometry(tree, piece.leaves), tree.prompt.token_ids
+    segments, count = [tree.segments[i] for i in place.segment_M], len(place.index_T)
+
+    def per_token(values: Iterable[Any], dtype: type) -> NDArray[Any]:
+        return place.spread(np.array(list(values), dtype))
 
     return PackedBatch(
-        input_ids=_join([prompt_P, *(s.token_ids for s in ordered)], np.int64),
+        input_ids=_join([prompt_P, *(s.token_ids for s in segments)], np.int64),
         position_ids=_join([np.arange(len(prompt_P)), place.depth()], np.int64),
-        end=_join([np.full(len(prompt_P), len(prompt_P) + len(kept)), place.end()], np.int32),
-        prev=place.prev()[kept],
-        target=place.index_T[kept],
-        positive=sums_E3[:, 0],
-        negative=sums_E3[:, 1],
-        count=sums_E3[:, 2],
-        behavior_logprobs=_join([s.behavior_logprobs for s in ordered], np.float32)[kept],
-        temperature=np.full(len(sums_E3), tree.sampling.temperature, np.float32),
-        policy_step=trained((s.policy_version.step for s in tree.segments), np.int64),
-        lineage=trained((s.policy_version.lineage for s in tree.segments), np.int64),
-        mixed_context=trained((s.mixed_context for s in tree.segments), np.bool_),
-        level=trained((s.level for s in tree.segments), np.int32),
-        tree_index=np.full(len(sums_E3), tree_index, np.int64),
-        segment_index=trained(range(len(tree.segments)), np.int64),
+        end=_join([np.full(len(prompt_P), len(prompt_P) + count), place.end()], np.int32),
+        prev=place.prev(),
+        target=place.index_T,
+        positive=place.spread(place.sums(positive_JD)),
+        negative=place.spread(place.sums(negative_JD)),
+        weight=place.spread(place.sums(weights_JD)),
+        count=place.spread(place.sums(np.ones_like(weights_JD))).astype(np.float32),
+        behavior_logprobs=_join([s.behavior_logprobs for s in segments], np.float32),
+        temperature=np.full(count, tree.sampling.temperature, np.float32),
+        policy_step=per_token((s.policy_version.step for s in segments), np.int64),
+        lineage=per_token((s.policy_version.lineage for s in segments), np.int64),
+        mixed_context=per_token((s.mixed_context for s in segments), np.bool_),
+        level=per_token((s.level for s in segments), np.int32),
+        slot=per_token(range(len(segments)), np.int64),
+        slot_tree=np.full(len(segments), piece.tree, np.int64),
+        slot_segment=place.segment_M,
+        slot_parent=place.parent_M,
+        path_trajectory=place.path_leaf_K,
+        path_slot=place.path_slot_K,
+        trajectory_positive=place.totals(positive_JD),
+        trajectory_negative=place.totals(negative_JD),
     )
 
 
 def _lay_out_sequence(token_ids: Int32, tree_index: int) -> PackedBatch:
-    """One plain sequence as a microbatch of its own, without padding."""
+    """One plain sequence as a microbatch of its own, without padding: a path of one segment, or of none."""
     if len(token_ids) == 0:
         raise TreeError(f"sequences[{tree_index}] is empty; it needs at least one token")
     num_tokens, num_trained = len(token_ids), len(token_ids) - 1
-    zeros = np.zeros(num_trained, np.int64)
+    zeros, ones = np.zeros(num_trained, np.int64), np.ones(num_trained)
+    one = np.zeros(min(num_trained, 1), np.int64)
     return PackedBatch(
         input_ids=token_ids.astype(np.int64),
         position_ids=np.arange(num_tokens),
         end=np.full(num_tokens, num_tokens, np.int32),
         prev=np.arange(num_trained),
         target=np.arange(1, num_tokens),
-        positive=zeros.astype(np.float32),
-        negative=zeros.astype(np.float32),
-        count=np.ones(num_trained, np.float32),
+        positive=zeros.astype(np.float64),
+        negative=zeros.astype(np.float64),
+        weight=ones,
+        count=ones.astype(np.float32),
         behavior_logprobs=zeros.astype(np.float32),
-        temperature=np.ones(num_trained, np.float32),
+        temperature=ones.astype(np.float32),
         policy_step=zeros,
         lineage=zeros,
         mixed_context=zeros.astype(np.bool_),
         level=zeros.astype(np.int32),
-        tree_index=np.full(num_trained, tree_index, np.int64),
-        segment_index=zeros,
+        slot=zeros,
+        slot_tree=one + tree_index,
+        slot_segment=one,
+        slot_parent=one + ROOT,
+        path_trajectory=one,
+        path_slot=one,
+        trajectory_positive=one.astype(np.float64),
+        trajectory_negative=one.astype(np.float64),
     )
 
 
 def _concatenate(layouts: Sequence[PackedBatch]) -> PackedBatch:
-    shifts = np.cumsum([0, *(layout.num_tokens for layout in layouts[:-1])])
     columns: dict[str, NDArray[Any]] = {}
     for field in fields(PackedBatch):
         values = [getattr(layout, field.name) for layout in layouts]
-        if field.name in PACKED_INDICES:
-            values = [value + shift for value, shift in zip(values, shifts, strict=True)]
+        if axis := SHIFTED.get(field.name):
+            sizes = [len(getattr(layout, axis)) for layout in layouts]
+            shifts = np.cumsum([0, *sizes[:-1]])
+            values = [
+                np.where(value == ROOT, ROOT, value + shift)
+                for value, shift in zip(values, shifts, strict=True)
+            ]
         columns[field.name] = _join(values, values[0].dtype)
     return PackedBatch(**columns)
 

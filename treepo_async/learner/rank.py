@@ -10,9 +10,11 @@ from pathlib import Path
 import torch
 
 from treepo_async.config.layout import Layout
+from treepo_async.config.limits import gap_alarm, needs_proximal, response_limit
 from treepo_async.config.schema import Config
 from treepo_async.config.wiring import POLICY_FILE, Wiring
 from treepo_async.errors import DataError
+from treepo_async.learner.batch import BatchRules
 from treepo_async.learner.checkpoint import load as load_checkpoint
 from treepo_async.learner.control import Control
 from treepo_async.learner.groups import close_groups, open_groups
@@ -152,18 +154,31 @@ def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: Weight
         ),
         rules=WorkerRules(
             num_steps=config.steps,
-            estimator=settings.estimator,
-            leave_one_out=settings.leave_one_out,
-            path_weights=settings.path_weights,
-            whiten=settings.whiten,
+            batch=batch_rules(config),
             eval_every=config.eval.every,
             save_every=config.checkpoint.every,
             batch_timeout_s=settings.batch_timeout_s,
             reply_timeout_s=config.cluster.start_timeout_s,
-            gap_alarm=config.metrics.gap_alarm,
+            gap_alarm=gap_alarm(config),
             dtype=getattr(torch, config.model.dtype),
             layout=str(job.layout),
         ),
+    )
+
+
+def batch_rules(config: Config) -> BatchRules:
+    """How the config says a batch becomes updates."""
+    settings = config.learner
+    return BatchRules(
+        estimator=settings.estimator,
+        leave_one_out=settings.leave_one_out,
+        path_weights=settings.path_weights,
+        whiten=settings.whiten,
+        normalizer=settings.normalizer,
+        response_limit=response_limit(config),
+        num_minibatches=settings.minibatches,
+        needs_proximal=needs_proximal(settings),
+        needs_reference=settings.kl_coef > 0,
     )
 
 

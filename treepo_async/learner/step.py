@@ -4,13 +4,12 @@
 or skips the update. Neighbours: `pack` plans, `objective` scores, `optimizer` updates, `hf` exports; the worker calls it.
 
 Invariant: the ranks of one data-parallel replica are given the same share, and all ranks return the same result; the
-loss is divided by the trajectory tokens of the whole batch, over all replicas.
+normalizer of the loss is in the weights that a share carries, so nothing here divides.
 """
 
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,60 +20,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treepo_async.errors import ConfigError
-from treepo_async.learner.groups import add_up, device, seed_ranks, share
+from treepo_async.learner.edges import Edges
+from treepo_async.learner.groups import add_up, device, seed_ranks, share_out, sum_stages
 from treepo_async.learner.hf import Read, TensorOf, export, itself, load, open_checkpoint
-from treepo_async.learner.logprobs import predicting_logits, token_logprobs
 from treepo_async.learner.mcore import get_forward_backward_func, parallel_state
 from treepo_async.learner.model import build_model
-from treepo_async.learner.objective import SUMS, Edges, LossSettings, Objective
+from treepo_async.learner.objective import SUMS, LossSettings, Objective
 from treepo_async.learner.optimizer import MOMENTS, Optimizer, OptimizerSettings
-from treepo_async.learner.pack import (
-    Float32,
-    Int32,
-    PackedBatch,
-    edge_values,
-    empty_batch,
-    pack,
-    pack_groups,
-    pack_sequences,
-)
+from treepo_async.learner.pack import Float32, Int32, PackedBatch, empty_batch, pack, pack_sequences
+from treepo_async.learner.result import StepResult, loss_of, result_of
 from treepo_async.learner.shape import ModelShape
-from treepo_async.learner.share import Share
-from treepo_async.types import PolicyVersion, Tree
+from treepo_async.learner.share import SegmentValues, Share
+from treepo_async.types import PolicyVersion
 
 WEIGHTS = "weights"
 """The kind of tensors that `Learner.export` gives when not asked for a moment."""
 
-OnLogits = Callable[[Edges, Tensor], tuple[Tensor, Any]]
-"""(trained tokens, logits [T, V]) -> (loss [], anything to keep)."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    """What one update did. Means and shares are per trajectory token: a token counts once per leaf below it."""
-
-    loss: float
-    grad_norm: float
-    """Global, before clipping."""
-    learning_rate: float
-    num_trained_tokens: int
-    """Each unique token once."""
-    num_trajectory_tokens: int
-    num_microbatches: int
-    """With trained tokens, over all data-parallel replicas."""
-    correction_weight_mean: float
-    correction_capped_share: float
-    clipped_share: float
-    kl_behavior: float
-    """KL(behavior || learner), k3 estimate in nats."""
-    entropy: float
-    """In nats, at the sampling temperature."""
-    logprob_gap_mean: float
-    """Mean |learner - behavior| log-prob over unique tokens sampled under the version trained from with a KV cache of
-    one version; NaN where there is none."""
-    logprob_gap_max: float
-    skipped: bool
-    """Whether the weights were left as they were, because the loss or the gradient norm was not finite."""
+OnLogprobs = Callable[[Edges, Tensor, Tensor], tuple[Tensor, Any]]
+"""(trained tokens, log-probs [E], entropies [E]) -> (loss [], anything to keep)."""
 
 
 class Learner:
@@ -88,6 +51,7 @@ class Learner:
         objective: Objective,
         microbatch_tokens: int,
         align: int = 1,
+        reference: Any = None,
     ) -> None:
         """Put together.
 
@@ -96,8 +60,9 @@ class Learner:
             shape: of the model.
             optimizer: of the model.
             objective: what is minimised.
-            microbatch_tokens: most packed tokens of a microbatch of `logprobs` and `score`.
+            microbatch_tokens: most packed tokens of a microbatch.
             align: packed tokens are padded to a multiple of this.
+            reference: the model as it was when the run began, frozen; None: nobody asks for it.
         """
         self.model = model
         self.shape = shape
@@ -105,70 +70,69 @@ class Learner:
         self.objective = objective
         self.microbatch_tokens = microbatch_tokens
         self.align = align
+        self.reference = reference
 
-    def train(
-        self,
-        share: Share,
-        *,
-        version: PolicyVersion | None = None,
-        proximal_logprobs: Sequence[Sequence[Float32]] | None = None,
-    ) -> StepResult:
+    def train(self, share: Share, *, version: PolicyVersion | None = None) -> StepResult:
         """Make one update.
 
         Args:
-            share: this replica's, from `share.divide`.
-            version: the version the current weights were published as; parity is measured on its tokens.
-            proximal_logprobs: centre of the clip range as `logprobs` returns it for the trees of the share, for a
-                batch that is trained on more than once; by default the current policy.
+            share: this replica's, from `divide`.
+            version: the version the current weights were published as; parity and lag are measured against it.
 
         Raises:
-            TreeError: a tree and its advantages or log-probs do not fit.
+            TreeError: a tree and its advantages, weights or log-probs do not fit.
         """
-        batches = pack_groups(share.trees, share.advantages, share.microbatches, self.align)
+        batches = self._lay_out(share)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        microbatches = _edges(batches, version, proximal_logprobs)
-        sums, gap_max = _reduce(self._run(microbatches, self._objective_of))
-        num_trajectory_tokens = sums["trajectory_tokens"]
-        means = {
-            name: value / num_trajectory_tokens if num_trajectory_tokens else math.nan
-            for name, value in sums.items()
-        }
-        grad_norm, skipped = self.optimizer.update(finite_loss=math.isfinite(means["loss"]))
-        compared = sums["compared"]
-        return StepResult(
-            loss=means["loss"],
+        microbatches = [
+            (
+                batch,
+                Edges.of(
+                    batch,
+                    device(),
+                    version=version,
+                    proximal=share.proximal,
+                    reference=share.reference,
+                ),
+            )
+            for batch in batches
+        ]
+
+        def minimise(edges: Edges, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Any]:
+            loss, sums, gap_max = self.objective(edges, logprobs, entropy, share.bounds)
+            return loss, (sums, gap_max)
+
+        sums, gap_max = _reduce(self._run(self.model, microbatches, minimise))
+        finite_loss = math.isfinite(loss_of(sums))
+        grad_norm, skipped = self.optimizer.update(finite_loss=finite_loss)
+        return result_of(
+            sums,
+            gap_max,
             grad_norm=grad_norm,
             learning_rate=self.optimizer.learning_rate,
-            num_trained_tokens=int(sums["trained_tokens"]),
-            num_trajectory_tokens=int(num_trajectory_tokens),
-            num_microbatches=int(sums["microbatches"]),
-            correction_weight_mean=means["weight"],
-            correction_capped_share=means["capped"],
-            clipped_share=means["clipped"],
-            kl_behavior=means["kl_behavior"],
-            entropy=means["entropy"],
-            logprob_gap_mean=sums["gap"] / compared if compared else math.nan,
-            logprob_gap_max=gap_max if compared else math.nan,
             skipped=skipped,
         )
 
-    def logprobs(self, trees: Sequence[Tree]) -> list[list[Float32]]:
-        """Log-probs of every sampled token under the current weights, at its tree's temperature.
+    def logprobs(self, share: Share, *, of_reference: bool = False) -> list[SegmentValues]:
+        """Log-probs of the trees of this replica, at their temperatures, the same on all its ranks.
 
         Args:
-            trees: the same on every rank.
+            share: this replica's.
+            of_reference: under the reference policy instead of the current weights.
 
         Returns:
-            Per tree and segment `[T]`.
+            Per tree and segment `[T]`; NaN for segments that are in no piece.
         """
-        no_advantages = [np.zeros(len(tree.leaves)) for tree in trees]
-        batches = pack(trees, no_advantages, self.microbatch_tokens, self.align)
-        found: list[list[Float32]] = [[np.empty(0, np.float32)] * len(t.segments) for t in trees]
-        for batch, values in zip(batches, self._logprobs(batches), strict=True):
+        model = self.reference if of_reference else self.model
+        batches = self._lay_out(share)
+        found = [
+            [np.full(len(s), np.nan, np.float32) for s in tree.segments] for tree in share.trees
+        ]
+        for batch, values in zip(batches, self._logprobs(model, batches), strict=True):
             for tree, segment, edges in batch.segments():
                 found[tree][segment] = values[edges]
-        return found
+        return [tuple(values) for values in found]
 
     def score(self, sequences: Sequence[Int32]) -> list[Float32]:
         """Log-probs of each token after the first under the current weights, at temperature 1.
@@ -180,10 +144,17 @@ class Learner:
             `[T - 1]` each.
         """
         batches = pack_sequences(sequences, self.microbatch_tokens, self.align)
+        mine = share_out(batches, empty_batch(self.align))
+        sizes = [batch.num_trained_tokens for batch in batches]
+        flat = torch.zeros(sum(sizes), device=device())
+        views = share_out(flat.split(sizes), flat[:0])
+        for view, values in zip(views, self._logprobs(self.model, mine), strict=True):
+            view.copy_(torch.from_numpy(values))
+        dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
         found = [np.empty(0, np.float32) for _ in sequences]
-        for batch, values in zip(batches, self._logprobs(batches), strict=True):
+        for batch, tensor in zip(batches, flat.split(sizes), strict=True):
             for sequence, _, edges in batch.segments():
-                found[sequence] = values[edges]
+                found[sequence] = tensor.cpu().numpy()[edges]
         return found
 
     def export(self, kind: str = WEIGHTS) -> Iterator[tuple[str, Tensor]]:
@@ -211,62 +182,57 @@ class Learner:
     def _tensor_of(self, kind: str) -> TensorOf:
         return itself if kind == WEIGHTS else self.optimizer.moment(kind)
 
-    def _objective_of(self, edges: Edges, logits_TV: Tensor) -> tuple[Tensor, Any]:
-        loss, sums, gap_max = self.objective(edges, logits_TV)
-        return loss, (sums, gap_max)
+    def _lay_out(self, share: Share) -> list[PackedBatch]:
+        return pack(share.trees, share.advantages, share.weights, share.microbatches, self.align)
 
     @torch.no_grad()
-    def _logprobs(self, batches: Sequence[PackedBatch]) -> list[Float32]:
-        """Log-probs of the trained tokens of each microbatch, `[E]` each, on every rank."""
+    def _logprobs(self, model: Any, batches: Sequence[PackedBatch]) -> list[Float32]:
+        """Log-probs of the trained tokens of this replica's microbatches, `[E]` each, on all of its ranks."""
 
-        def keep(edges: Edges, logits_TV: Tensor) -> tuple[Tensor, Tensor]:
-            logits_EV = predicting_logits(logits_TV, edges.prev, edges.temperature)
-            values = token_logprobs(logits_EV, edges.label)
-            return values.sum(), values
+        def keep(edges: Edges, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+            return logprobs.sum(), logprobs
 
-        mine = share(batches, empty_batch(self.align))
-        kept = self._run(_edges(mine), keep, forward_only=True)
+        microbatches = [(batch, Edges.of(batch, device())) for batch in batches]
+        kept = self._run(model, microbatches, keep, forward_only=True)
         sizes = [batch.num_trained_tokens for batch in batches]
         flat = torch.zeros(sum(sizes), device=device())
-        views = share(flat.split(sizes), flat[:0])
         if parallel_state.is_pipeline_last_stage():
-            for view, values in zip(views, kept, strict=True):
-                view.copy_(values)
-        add_up(flat)
-        return [view.cpu().numpy() for view in flat.split(sizes)]
+            torch.cat(kept, out=flat)
+        sum_stages(flat)
+        return [values.cpu().numpy() for values in flat.split(sizes)]
 
     def _run(
         self,
+        model: Any,
         microbatches: Sequence[tuple[PackedBatch, Edges]],
-        on_logits: OnLogits,
+        on_logprobs: OnLogprobs,
         *,
         forward_only: bool = False,
     ) -> list[Any]:
-        """Run Megatron's schedule; what `on_logits` kept, on the last pipeline stage, else nothing.
+        """Run Megatron's schedule; what `on_logprobs` kept, on the last pipeline stage, else nothing.
 
-        The gradient that is left is that of the summed loss over all ranks, divided by their trajectory tokens.
+        The gradient that is left is that of the loss summed over all microbatches of all ranks: Megatron divides by a number
+        of tokens, and leaves out the division where it is told none.
         """
 
-        def finish(batch: PackedBatch, edges: Edges, logits: Tensor) -> tuple[Tensor, Tensor, Any]:
-            loss, kept = on_logits(edges, logits[0])
-            num_tokens = torch.tensor(
-                batch.num_trajectory_tokens, dtype=torch.int, device=logits.device
-            )
-            return loss, num_tokens, kept
+        def finish(edges: Edges, output: Tensor) -> tuple[Tensor, Tensor, Any]:
+            loss, kept = on_logprobs(edges, output[0], output[1])
+            return loss, torch.zeros((), dtype=torch.int, device=output.device), kept
 
         def forward_step(pending: Iterator[tuple[PackedBatch, Edges]], model: Any) -> Any:
             batch, edges = next(pending)
-            logits = model(
+            output = model(
                 input_ids=torch.from_numpy(batch.input_ids).to(device())[None],
                 position_ids=torch.from_numpy(batch.position_ids).to(device())[None],
                 attention_mask=torch.from_numpy(batch.end).to(device())[None, None, None],
+                edges=edges,
             )
-            return logits, partial(finish, batch, edges)
+            return output, partial(finish, edges)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(microbatches),
-            model=[self.model],
+            model=[model],
             num_microbatches=len(microbatches),
             seq_length=max(batch.num_tokens for batch, _ in microbatches),
             micro_batch_size=1,
@@ -313,26 +279,6 @@ def build_learner(
         microbatch_tokens,
         align=tp if sequence_parallel else 1,
     )
-
-
-def _edges(
-    batches: Sequence[PackedBatch],
-    version: PolicyVersion | None = None,
-    proximal_logprobs: Sequence[Sequence[Float32]] | None = None,
-) -> list[tuple[PackedBatch, Edges]]:
-    """Microbatches with their trained tokens on the device."""
-    return [
-        (
-            batch,
-            Edges.of(
-                batch,
-                device(),
-                version,
-                None if proximal_logprobs is None else edge_values(batch, proximal_logprobs),
-            ),
-        )
-        for batch in batches
-    ]
 
 
 def _reduce(kept: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:

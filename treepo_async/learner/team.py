@@ -12,9 +12,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from treepo_async.learner.control import Control, Order
-from treepo_async.learner.pack import Float32, Float64, Int32
-from treepo_async.learner.share import Share, divide
-from treepo_async.learner.step import WEIGHTS, Learner, StepResult
+from treepo_async.learner.divide import divide
+from treepo_async.learner.pack import Float32, Int32
+from treepo_async.learner.result import StepResult
+from treepo_async.learner.share import SegmentValues, Share
+from treepo_async.learner.share_codec import (
+    share_from_bytes,
+    share_to_bytes,
+    values_from_bytes,
+    values_to_bytes,
+)
+from treepo_async.learner.step import WEIGHTS, Learner
 from treepo_async.types import PolicyVersion, Tree
 
 Result = TypeVar("Result")
@@ -37,26 +45,31 @@ class Team:
         """Tell the other ranks that there is nothing to do yet, and that rank 0 lives."""
         self._control.order(Order.WAIT)
 
-    def train(
-        self, trees: Sequence[Tree], advantages: Sequence[Float64], *, version: PolicyVersion
-    ) -> StepResult:
-        """`Learner.train`, every data-parallel replica on its share of the batch.
+    def train(self, batch: Share, *, version: PolicyVersion) -> StepResult:
+        """`Learner.train`, every data-parallel replica on its part.
 
         Args:
-            trees: the batch.
-            advantages: per tree `[L]`, or `[L, D]` with one for each grid level.
+            batch: all trees of one update; it has no microbatches yet.
             version: the version the current weights were published as.
         """
-        shares = divide(
-            trees,
-            advantages,
-            num_replicas=self._control.num_replicas,
-            budget_tokens=self._learner.microbatch_tokens,
-        )
+        shares = self._divide(batch)
         self._control.order(Order.TRAIN, _json(version))
-        if self._control.size > 1:
-            self._control.scatter([share.to_bytes() for share in shares])
+        self._scatter(shares)
         return self._learner.train(shares[0], version=version)
+
+    def logprobs(self, batch: Share, *, of_reference: bool = False) -> list[SegmentValues]:
+        """`Learner.logprobs` of every tree of a batch, in its order.
+
+        Args:
+            batch: its microbatches are not read.
+            of_reference: under the reference policy instead of the current weights.
+        """
+        shares = self._divide(batch)
+        self._control.order(Order.LOGPROBS, _json(of_reference))
+        self._scatter(shares)
+        found = self._learner.logprobs(shares[0], of_reference=of_reference)
+        replicas = self._control.gather(_join(found)) if self._control.size > 1 else [_join(found)]
+        return _merge(batch.trees, shares, replicas)
 
     def score(self, sequences: Sequence[Int32]) -> list[Float32]:
         """`Learner.score`."""
@@ -90,8 +103,12 @@ class Team:
             order, details = self._control.receive()
             match order:
                 case Order.TRAIN:
-                    share = Share.from_bytes(self._control.scatter([]))
+                    share = share_from_bytes(self._control.scatter([]))
                     self._learner.train(share, version=PolicyVersion(*json.loads(details)))
+                case Order.LOGPROBS:
+                    share = share_from_bytes(self._control.scatter([]))
+                    found = self._learner.logprobs(share, of_reference=json.loads(details))
+                    self._control.gather(_join(found))
                 case Order.SCORE:
                     self._learner.score([np.array(x, np.int32) for x in json.loads(details)])
                 case Order.EXPORT:
@@ -100,6 +117,37 @@ class Team:
                 case Order.STOP:
                     return
 
+    def _divide(self, batch: Share) -> list[Share]:
+        return divide(
+            batch,
+            num_replicas=self._control.num_replicas,
+            budget_tokens=self._learner.microbatch_tokens,
+        )
+
+    def _scatter(self, shares: Sequence[Share]) -> None:
+        if self._control.size > 1:
+            self._control.scatter([share_to_bytes(share) for share in shares])
+
 
 def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
+
+
+def _join(values: Sequence[SegmentValues]) -> bytes:
+    return b"".join(values_to_bytes(of_tree) for of_tree in values)
+
+
+def _merge(
+    trees: Sequence[Tree], shares: Sequence[Share], replicas: Sequence[bytes]
+) -> list[SegmentValues]:
+    """What the replicas found for their trees, for each tree of the batch; a tree may be in several."""
+    place = {id(tree): i for i, tree in enumerate(trees)}
+    merged = [np.full(tree.num_tokens, np.nan, np.float32) for tree in trees]
+    for share, data in zip(shares, replicas, strict=True):
+        flat, begin = np.frombuffer(data, np.float32), 0
+        for tree in share.trees:
+            values = flat[begin : begin + tree.num_tokens]
+            known = ~np.isnan(values)
+            merged[place[id(tree)]][known] = values[known]
+            begin += tree.num_tokens
+    return [values_from_bytes(t, v.tobytes()) for t, v in zip(trees, merged, strict=True)]

@@ -1,4 +1,4 @@
-"""The loop of the learner's rank 0: batch -> advantages -> update -> publication -> checkpoint.
+"""The loop of the learner's rank 0: batch -> updates -> publication -> checkpoint.
 
 Waits: for a batch (actors and replay end the wait; replay says every few seconds what is missing; the deadline is
 `batch_timeout_s`), for replay's answers (`reply_timeout_s`; a replay that is started again is asked again). While it
@@ -20,13 +20,14 @@ import torch
 
 from treepo_async.errors import DeadlineError, TreepoError, WireError
 from treepo_async.learner import checkpoint
-from treepo_async.learner.pack import Float64
+from treepo_async.learner.batch import BatchRules, BatchTrainer
 from treepo_async.learner.publish import probe_sequences, publish
-from treepo_async.learner.step import WEIGHTS, StepResult
+from treepo_async.learner.result import StepResult
+from treepo_async.learner.share import SegmentValues, Share
+from treepo_async.learner.step import WEIGHTS
 from treepo_async.learner.summary import summarize
 from treepo_async.metrics.events import emit
 from treepo_async.metrics.ledger import TimeLedger
-from treepo_async.tree.advantage import batch_advantages
 from treepo_async.types import Float32, Int32, PolicyVersion, Tree
 from treepo_async.weights.checkpoints import CheckpointStore, TrainingState
 from treepo_async.weights.store import WeightStore
@@ -57,10 +58,11 @@ class Team(Protocol):
     def wait(self) -> None:
         """Say that there is nothing to do yet."""
 
-    def train(
-        self, trees: Sequence[Tree], advantages: Sequence[Float64], *, version: PolicyVersion
-    ) -> StepResult:
+    def train(self, batch: Share, *, version: PolicyVersion) -> StepResult:
         """Make one update."""
+
+    def logprobs(self, batch: Share, *, of_reference: bool = False) -> list[SegmentValues]:
+        """Log-probs of every tree."""
 
     def score(self, sequences: Sequence[Int32]) -> list[Float32]:
         """Log-probs of each token but the first."""
@@ -77,10 +79,7 @@ class WorkerRules:
     """How the loop runs."""
 
     num_steps: int
-    estimator: str
-    leave_one_out: bool
-    path_weights: str
-    whiten: bool
+    batch: BatchRules
     eval_every: int
     save_every: int
     """Steps between checkpoints."""
@@ -146,6 +145,7 @@ class Worker:
         rules: WorkerRules,
     ) -> None:
         self._team, self._replay = team, replay
+        self._trainer = BatchTrainer(team, rules.batch)
         self._weights, self._checkpoints = weights, checkpoints
         self._config_file, self._rules = config_file, rules
         self._version, self._start = start.version, start
@@ -182,14 +182,7 @@ class Worker:
     def _step(self, trees: list[Tree], replay_ledger: dict[str, int]) -> None:
         trained_from, step = self._version, self._version.step
         with self._ledger("train"):
-            advantages = batch_advantages(
-                trees,
-                self._rules.estimator,
-                whitened=self._rules.whiten,
-                leave_one_out=self._rules.leave_one_out,
-                path_weights=self._rules.path_weights,
-            )
-            result = self._team.train(trees, advantages, version=trained_from)
+            result = self._trainer.train(trees, version=trained_from)
         self._check(result, step)
         self._version = PolicyVersion(trained_from.lineage, step + 1)
         with self._ledger("publish"):
