@@ -1,4 +1,4 @@
-"""A run of `launch/run.py` as a person starts it, for the tests that need the whole of it."""
+"""A run of `launch/run.py` as a person starts it, for the tests that need the whole of it; and one Megatron process group."""
 
 import contextlib
 import json
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from treepo_async.process import free_ports
 
 ROOT = Path(__file__).resolve().parents[1]
 NOMINAL_START_S = 30.0
@@ -146,3 +148,15 @@ def launch(tmp_path_factory):
     yield start
     for run in runs:
         run.clean_up()
+
+
+@pytest.fixture(scope="session")
+def groups():
+    """A world of one rank, open until the last test has run."""
+    from treepo_async.config.layout import Layout
+    from treepo_async.learner.groups import close_groups, open_groups
+
+    (port,) = free_ports(1)
+    open_groups(Layout(), rank=0, address=f"127.0.0.1:{port}", timeout_s=30.0)
+    yield
+    close_groups()

@@ -39,6 +39,7 @@ def random_tree(
     mixed_share: float = 0.25,
     nan_share: float = 0.0,
     temperature: float = 1.0,
+    forks_on_grid: bool = False,
 ) -> Tree:
     """Grow a tree of arbitrary shape that satisfies `Tree.check`.
 
@@ -56,12 +57,21 @@ def random_tree(
         mixed_share: share of segments flagged `mixed_context`.
         nan_share: share of leaves whose scoring failed.
         temperature: recorded as the sampling temperature.
+        forks_on_grid: whether a segment that ends inside a level has one continuation at most, as growing has it.
     """
     segments: list[Segment] = []
     ends: list[int] = []
     while len(segments) < num_segments:
         limit = segment_tokens * max_depth
-        parents = [ROOT, *(i for i, end in enumerate(ends) if end < limit)]
+        taken = {s.parent for s in segments} if forks_on_grid else set()
+        parents = [
+            ROOT,
+            *(
+                i
+                for i, end in enumerate(ends)
+                if end < limit and not (i in taken and end % segment_tokens)
+            ),
+        ]
         parent = int(rng.choice(parents))
         start = 0 if parent == ROOT else ends[parent]
         room = segment_tokens - start % segment_tokens
@@ -128,7 +138,12 @@ def visible_by_ancestors(tree: Tree) -> np.ndarray:
     return sees
 
 
-def tiny_qwen2(
+FAMILIES = ("qwen2", "qwen3", "llama", "llama3.1")
+"""What `tiny_model` makes; the last is a llama whose rotary embedding is stretched."""
+
+
+def tiny_model(
+    family: str,
     *,
     tied: bool,
     seed: int = 0,
@@ -136,11 +151,25 @@ def tiny_qwen2(
     num_heads: int = 4,
     num_kv_heads: int = 4,
 ) -> Any:
-    """A random Qwen2 whose biases and norms are not trivial, hidden size 64, 128 tokens; float32."""
+    """A random model of a `FAMILIES` whose biases and norms are not trivial, hidden size 64, 128 tokens; float32."""
     import torch  # here, so that a test that wants a tree alone does not pay for torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
-    config = Qwen2Config(
+    kind = {"qwen2": "Qwen2", "qwen3": "Qwen3"}.get(family, "Llama")
+    special: dict[str, Any] = {}
+    if family == "qwen3":
+        special["head_dim"] = 24  # unlike hidden_size / num_heads
+    if family == "llama3.1":
+        # waves of all three kinds within the few features and positions there are
+        special["rope_parameters"] = {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=128,
         hidden_size=64,
         intermediate_size=96,
@@ -151,8 +180,9 @@ def tiny_qwen2(
         tie_word_embeddings=tied,
         bos_token_id=0,
         eos_token_id=1,
+        **special,
     )
-    model = Qwen2ForCausalLM(config)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -163,6 +193,25 @@ def tiny_qwen2(
                 weight.copy_(0.2 * noise)
             else:
                 weight.copy_(noise * (0.2 if "embed" in name or "lm_head" in name else 0.125))
+    return model
+
+
+def tiny_qwen2(*, tied: bool, **sizes: Any) -> Any:
+    """`tiny_model` of Qwen2."""
+    return tiny_model("qwen2", tied=tied, **sizes)
+
+
+def exact(model: Any) -> Any:
+    """The model in float64 throughout; transformers computes norms in float32 whatever the model's dtype."""
+    import torch
+
+    model = model.double()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                norm = torch.nn.RMSNorm(len(child.weight), child.variance_epsilon).double()
+                norm.weight = child.weight
+                setattr(module, name, norm)
     return model
 
 

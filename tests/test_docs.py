@@ -9,8 +9,16 @@ import pytest
 
 from tests.tree import vectors
 from treepo_async.config.command_line import parse
-from treepo_async.config.schema import ESTIMATORS
-from treepo_async.metrics.record import EVAL_NAMES, Recorder
+from treepo_async.config.schema import (
+    CORRECTIONS,
+    ESTIMATORS,
+    LOSSES,
+    MASKS,
+    NORMALIZERS,
+    PROXIMALS,
+)
+from treepo_async.learner.loss.result import ROW_MEANS
+from treepo_async.metrics.record import EVAL_NAMES, STEP_TABLES, Recorder
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,11 +62,13 @@ def test_every_metric_is_documented_and_every_documented_metric_exists():
         for name in re.findall(r"`([^`]+)`", row)
     }
     written = {name for name in _record() if "/" in name}
-    families = ("leases/", "trees/", "time/")
+    families = ("leases/", "trees/", "time/", "lag/", "level/")
     assert {n for n in written if not n.startswith(families)} == {
         n for n in documented if not n.startswith(families)
     }
     assert {n for n in written if n.startswith("time/")} <= documented
+    rows = {f"{axis}/.../{name}" for axis in STEP_TABLES for name in ("tokens", "ess", *ROW_MEANS)}
+    assert rows == {n for n in documented if n.startswith(("lag/", "level/"))}
 
 
 def test_every_estimator_is_documented_with_the_values_of_the_example():
@@ -71,6 +81,21 @@ def test_every_estimator_is_documented_with_the_values_of_the_example():
         for cell, values in zip(cells, expected[name], strict=False):
             found = [float(value) for value in cell.split(", ")]
             assert found == pytest.approx(np.atleast_1d(values).tolist(), abs=6e-4), name
+
+
+def test_the_methods_of_the_corrections_have_keys_that_are_accepted():
+    text = (ROOT / "docs" / "corrections.md").read_text()
+    methods = text.partition("## Methods by keys")[2].partition("\n## ")[0]
+    commands = re.findall(r"`([a-z_]+=[^`]*)`", methods.partition("What is refused")[0])
+    assert len(commands) > 12
+    for command in commands:
+        parse([f"learner.{word}" for word in command.split()])
+
+
+@pytest.mark.parametrize("choices", [LOSSES, NORMALIZERS, CORRECTIONS, PROXIMALS, MASKS])
+def test_every_choice_of_the_loss_is_a_row_of_the_corrections(choices):
+    text = (ROOT / "docs" / "corrections.md").read_text()
+    assert set(choices) <= set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE))
 
 
 def test_the_layout_of_the_readme_names_every_package():

@@ -81,8 +81,8 @@ def test_inputs_that_can_be_used_give_a_prompt(model_dir):
 
 
 def test_a_model_that_cannot_be_trained_is_named(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-    with pytest.raises(ConfigError, match=r"LlamaForCausalLM.*trained are Qwen2ForCausalLM"):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MistralForCausalLM"]}))
+    with pytest.raises(ConfigError, match=r"MistralForCausalLM.*trained are Qwen2ForCausalLM"):
         read_model_config(tmp_path)
 
 

@@ -25,7 +25,7 @@ from treepo_async.engine.host import Host, HostRules
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import EngineError, WeightsError
 from treepo_async.types import PolicyVersion
-from treepo_async.weights.manifest import verify
+from treepo_async.weights.manifest import published_tensors, verify
 from treepo_async.weights.store import WeightStore
 
 FIRST, SECOND, THIRD = (PolicyVersion(0, step) for step in (1, 2, 3))
@@ -354,6 +354,22 @@ async def test_a_probe_that_differs_a_little_is_alarmed_and_applied(tmp_path, ba
     (alarm,) = [e for e in events_in(capsys.readouterr().out) if e["event"] == "alarm"]
     assert alarm["alarm"] == "engine and learner differ on the probe"
     assert alarm["gap"] == pytest.approx(2e-4)
+
+
+@pytest.mark.parametrize(("alarm", "refused"), [(1e-4, 1e-2), (0.5, 5.0), (8.0, 8.0)])
+def test_weights_are_refused_far_above_the_alarm_but_within_what_bfloat16_rounds(alarm, refused):
+    assert replace(RULES, gap_alarm=alarm).gap_refused == pytest.approx(refused)
+
+
+async def test_publications_are_expected_in_the_dtype_of_the_run(tmp_path, base_dir):
+    assert {info.dtype for info in published_tensors(base_dir).values()} == {"F32"}
+    assert {info.dtype for info in published_tensors(base_dir, "bfloat16").values()} == {"BF16"}
+    async with house(tmp_path, base_dir, dtype="bfloat16", max_staleness=0) as it:
+        publish_fake(it.store, FIRST)
+        await until(it.task.done)
+        with pytest.raises(ExceptionGroup) as caught:
+            it.task.result()
+    assert caught.group_contains(WeightsError, match="dtype='F32'.*dtype='BF16'")
 
 
 async def test_a_refused_publication_without_which_nobody_can_go_on_ends_the_host(

@@ -38,6 +38,7 @@ def launched(*words, timeout_s=50):
     ("words", "message"),
     [
         (["sampling", "widht=4"], "error: widht=4: unknown key widht; did you mean width?\n"),
+        (["learner", "widht=4"], "error: widht=4: unknown key widht; did you mean width?\n"),
         (
             ["http", "request=9"],
             "error: request=9: unknown key request; the only one is requests\n",
@@ -53,7 +54,9 @@ def test_a_wrong_word_ends_with_2_and_its_name(words, message):
     assert (done.returncode, done.stderr, done.stdout) == (2, message, "")
 
 
-@pytest.mark.parametrize(("name", "goes_on"), [("sampling", True), ("http", False)])
+@pytest.mark.parametrize(
+    ("name", "goes_on"), [("sampling", True), ("learner", True), ("http", False)]
+)
 def test_ctrl_c_says_that_it_can_be_gone_on_with_where_it_can(monkeypatch, capsys, name, goes_on):
     def interrupted(words):
         raise KeyboardInterrupt

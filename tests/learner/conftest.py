@@ -1,22 +1,8 @@
-"""One Megatron process group and two tiny models for every test of the learner."""
+"""Two tiny models for every test of the learner."""
 
 from pathlib import Path
 
 import pytest
-
-from treepo_async.process import free_ports
-
-
-@pytest.fixture(scope="session")
-def groups():
-    """A world of one rank, open until the last test has run."""
-    from treepo_async.config.layout import Layout
-    from treepo_async.learner.groups import close_groups, open_groups
-
-    (port,) = free_ports(1)
-    open_groups(Layout(), rank=0, address=f"127.0.0.1:{port}", timeout_s=30.0)
-    yield
-    close_groups()
 
 
 @pytest.fixture(scope="session", params=["untied", "tied"])

@@ -44,7 +44,7 @@ class Ranks:
 def _fork(job, cases, deadline_s):
     """The warm process."""
     deadline = time.monotonic() + deadline_s
-    import treepo_async.learner.step  # noqa: F401  what the ranks shall find imported
+    import treepo_async.learner.build  # noqa: F401  what the ranks shall find imported
 
     fork = multiprocessing.get_context("fork")
     ports = fork.Array("i", len(cases))

@@ -1,8 +1,8 @@
 """Batches and their shares, as rank 0 makes them."""
 
-from treepo_async.learner.divide import divide
-from treepo_async.learner.normalizer import loss_weights
-from treepo_async.learner.share import Share
+from treepo_async.learner.loss.normalizer import loss_weights
+from treepo_async.learner.packing.divide import divide
+from treepo_async.learner.packing.share import Share
 
 
 def batch_of(trees, advantages, *, proximal=(), reference=(), normalizer="token_mean"):

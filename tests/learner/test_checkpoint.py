@@ -21,7 +21,9 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
 
 NUM_BEFORE, NUM_AFTER = 2, 2
 """Updates before the checkpoint, and after it."""
+NUM_UPDATES, RATE = NUM_BEFORE + NUM_AFTER, 2e-3
 LAYOUTS = ("tp1", "tp2", "pp2", "dp2", "tp2pp2dp2")
+BFLOAT16_LAYOUTS = ("tp1", "tp2pp2")
 PROBE = [np.array([5, 9, 2, 70], np.int32)]
 
 
@@ -35,34 +37,51 @@ class Case:
     """Layout of the learner that wrote the checkpoint."""
     spoil: str = ""
     """What to do wrong."""
+    dtype: str = "float32"
 
     @property
     def name(self):
-        return "-".join(filter(None, [str(self.layout), self.resumes, self.spoil]))
+        kind = "" if self.dtype == "float32" else self.dtype
+        return "-".join(filter(None, [str(self.layout), self.resumes, self.spoil, kind]))
 
     def store(self, layout):
-        return CheckpointStore(self.folder / "checkpoints" / layout, keep=2)
+        return CheckpointStore(self.folder / "checkpoints" / self.dtype / layout, keep=2)
 
 
 def batches():
     rng = np.random.default_rng(11)
-    for _ in range(NUM_BEFORE + NUM_AFTER):
+    for _ in range(NUM_UPDATES):
         trees = [random_tree(rng, temperature=0.9) for _ in range(3)]
         yield trees, [rng.normal(size=len(tree.leaves)) for tree in trees]
 
 
 def learner_of(case):
-    from treepo_async.learner.objective import LossSettings
+    from treepo_async.learner.build import build_learner
+    from treepo_async.learner.loss.objective import LossSettings
     from treepo_async.learner.optimizer import OptimizerSettings
-    from treepo_async.learner.step import build_learner
 
     return build_learner(
         case.folder / "model",
-        optimizer=OptimizerSettings(learning_rate=2e-3, warmup_steps=4, epsilon=1e-5),
+        optimizer=OptimizerSettings(learning_rate=RATE, warmup_steps=4, epsilon=1e-5),
         loss=LossSettings(),
         microbatch_tokens=60,
         seed=3,
+        dtype=getattr(torch, case.dtype),
     )
+
+
+def spoil(learner, how):
+    from treepo_async.learner.optimizer import MOMENTS
+
+    if how == "moments-forgotten":
+        for moment in map(learner.optimizer.moment, MOMENTS):
+            for weight in learner.model.parameters():
+                moment(weight).zero_()
+    if how == "master-weights-rounded":
+        for weight in learner.model.parameters():
+            weight.main_param.copy_(weight.main_param.bfloat16())
+    if how == "updates-not-counted":
+        learner.optimizer.restore_count(0)
 
 
 def train(case):
@@ -77,12 +96,7 @@ def train(case):
     if case.resumes:
         load(learner, case.store(case.resumes).newest(print))
         begin = NUM_BEFORE
-    if case.spoil == "moments-forgotten":
-        for moment in map(learner.optimizer.moment, MOMENTS):
-            for weight in learner.model.parameters():
-                moment(weight).zero_()
-    if case.spoil == "updates-not-counted":
-        learner.optimizer.restore_count(0)
+    spoil(learner, case.spoil)
     team = Team(learner, Control(timeout_s=30.0))
     if torch.distributed.get_rank() > 0:
         team.follow()
@@ -93,7 +107,7 @@ def train(case):
             layout = str(case.layout)
             version = PolicyVersion(0, NUM_BEFORE)
             save(case.store(layout), team, version, layout=layout, probe_sequences=PROBE)
-        result = team.train(batch_of(*batch), version=PolicyVersion(0, step))
+        result = team.train(batch_of(*batch), version=PolicyVersion(1, 6 + step))
     (scores,) = team.score(PROBE)
     tensors = {
         f"{kind} {name}": tensor.clone()
@@ -115,13 +129,17 @@ def folder(tmp_path_factory):
         found / "model"
     )
     whole = [Case(Layout.parse(layout), found) for layout in LAYOUTS]
+    whole += [Case(Layout.parse(x), found, dtype="bfloat16") for x in BFLOAT16_LAYOUTS]
     Ranks(train, whole, deadline_s=80).wait()
+    whole, rounded = whole[: len(LAYOUTS)], whole[len(LAYOUTS) :]
     resumed = [replace(case, resumes=layout) for case in whole for layout in ("tp1", "tp2pp2dp2")]
     resumed += [replace(case, resumes=str(case.layout)) for case in whole[1:-1]]
     controls = [
         replace(whole[0], resumes="tp1", spoil=spoil)
         for spoil in ("moments-forgotten", "updates-not-counted")
     ]
+    controls += [replace(rounded[0], resumes="tp1", spoil="master-weights-rounded")]
+    resumed += [replace(a, resumes=str(b.layout)) for a in rounded for b in rounded]
     Ranks(train, [*resumed, *controls], deadline_s=80).wait()
     return found
 
@@ -147,7 +165,7 @@ def test_a_resumed_learner_ends_where_one_that_never_stopped_does_in_any_layout(
     assert error(folder, f"{layout}-{written_in}") < 1e-5
     told = json.loads((folder / f"{layout}-{written_in}.json").read_text())
     assert told == pytest.approx(json.loads((folder / "tp1.json").read_text()))
-    assert told["num_updates"] == NUM_BEFORE + NUM_AFTER
+    assert told["num_updates"] == NUM_UPDATES
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -159,6 +177,42 @@ def test_in_its_own_layout_it_ends_there_to_the_bit(folder, layout):
 @pytest.mark.parametrize("spoil", ["moments-forgotten", "updates-not-counted"])
 def test_control_a_learner_that_forgets_its_optimizer_ends_elsewhere(folder, spoil):
     assert error(folder, f"tp1-tp1-{spoil}") > 1e-2
+
+
+@pytest.mark.parametrize("layout", BFLOAT16_LAYOUTS)
+def test_in_bfloat16_it_ends_there_to_the_bit_too(folder, layout):
+    found, wanted = (
+        tensors_of(folder, f"{name}-bfloat16") for name in (f"{layout}-{layout}", layout)
+    )
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(("layout", "written_in"), [("tp1", "tp2pp2"), ("tp2pp2", "tp1")])
+def test_in_bfloat16_another_layout_ends_near_there(folder, layout, written_in):
+    name = f"{layout}-{written_in}-bfloat16"
+    found, wanted = tensors_of(folder, name), tensors_of(folder, "tp1-bfloat16")
+    names = [n for n in wanted if n.startswith("weights ")]
+    assert max(float((found[n] - wanted[n]).abs().max()) for n in names) < 2 * NUM_UPDATES * RATE
+    told, expected = (
+        json.loads((folder / f"{n}.json").read_text()) for n in (name, "tp1-bfloat16")
+    )
+    assert told == expected
+
+
+def test_control_without_its_master_weights_it_ends_elsewhere(folder):
+    found, wanted = (
+        tensors_of(folder, name)
+        for name in ("tp1-tp1-master-weights-rounded-bfloat16", "tp1-bfloat16")
+    )
+    assert not any(torch.equal(found[n], wanted[n]) for n in wanted if "proj.weight" in n)
+
+
+def test_a_checkpoint_of_a_bfloat16_model_holds_float32_master_weights(folder):
+    case = Case(Layout(), folder, dtype="bfloat16")
+    for file in case.store("tp1").newest(print).folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+        assert not all(torch.equal(t, t.bfloat16().float()) for t in tensors.values())
 
 
 @pytest.mark.usefixtures("groups")

@@ -55,16 +55,17 @@ def grower():
 
 
 def team_of(model_dir):
+    from treepo_async.learner.build import build_learner
     from treepo_async.learner.control import Control
-    from treepo_async.learner.objective import LossSettings
+    from treepo_async.learner.loss.objective import LossSettings
     from treepo_async.learner.optimizer import OptimizerSettings
-    from treepo_async.learner.step import build_learner
     from treepo_async.learner.team import Team
 
     learner = build_learner(
         model_dir,
         optimizer=OptimizerSettings(learning_rate=1e-2, warmup_steps=0),
-        loss=LossSettings(),
+        # of a file no token is fresh, whatever the weights were
+        loss=LossSettings(correct_fresh=True),
         microbatch_tokens=128,
         seed=SEED,
     )

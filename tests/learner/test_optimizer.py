@@ -20,9 +20,9 @@ def three_batches():
 
 
 def megatron_weights(model_dir, *, weight_decay=DECAY, max_grad_norm=MAX_NORM):
-    from treepo_async.learner.objective import LossSettings
+    from treepo_async.learner.build import build_learner
+    from treepo_async.learner.loss.objective import LossSettings
     from treepo_async.learner.optimizer import OptimizerSettings
-    from treepo_async.learner.step import build_learner
 
     learner = build_learner(
         model_dir,

@@ -8,7 +8,7 @@ import pytest
 
 from tests.learner.shares import share_of
 from tests.oracle import random_tree, sequence_logprobs, tiny_qwen2, trajectory_loss
-from treepo_async.learner.pack import pack
+from treepo_async.learner.packing.pack import pack
 from treepo_async.tree.advantage import batch_advantages
 from treepo_async.types import PolicyVersion
 
@@ -18,14 +18,14 @@ CLIP = {"clip_low": 0.2, "clip_high": 0.28}
 
 
 def learner_from(model_dir, *, microbatch_tokens=64, correction="truncated", **optimizer):
-    from treepo_async.learner.objective import LossSettings
+    from treepo_async.learner.build import build_learner
+    from treepo_async.learner.loss.objective import LossSettings
     from treepo_async.learner.optimizer import OptimizerSettings
-    from treepo_async.learner.step import build_learner
 
     return build_learner(
         model_dir,
         optimizer=OptimizerSettings(**({"max_grad_norm": 0.0, "learning_rate": 1e-3} | optimizer)),
-        loss=LossSettings(**CLIP, correction=correction),
+        loss=LossSettings(**CLIP, correction=correction, correct_fresh=True),
         microbatch_tokens=microbatch_tokens,
         seed=1,
     )
@@ -75,10 +75,10 @@ def gradient_errors(learner, reference):
 
     The expected gradients are cut to Megatron's shapes by loading them as if they were weights.
     """
-    from treepo_async.learner.hf import load
-    from treepo_async.learner.model import build_model
+    from treepo_async.learner.model.gpt import build_model
+    from treepo_async.learner.model.hf import load
 
-    expected = build_model(learner.shape, sequence_parallel=False)
+    expected = build_model(learner.shape)
     gradients = {name: weight.grad for name, weight in reference.named_parameters()}
     load(expected, learner.shape, gradients.__getitem__)
     wanted = dict(expected.named_parameters())
@@ -163,7 +163,7 @@ def test_neither_the_microbatches_nor_the_order_of_trees_matters(model_dir):
 
 
 def test_control_positions_by_packed_index_are_another_model(model_dir, monkeypatch):
-    from treepo_async.learner.packed_model import PackedGPTModel
+    from treepo_async.learner.model.packed import PackedGPTModel
 
     monkeypatch.delattr(PackedGPTModel, "_preprocess")
     _, gradient_error, _ = compare(learner_from(model_dir), model_dir, *batch())

@@ -22,8 +22,8 @@ from treepo_async.actor.worker import Worker as ActorWorker
 from treepo_async.data.source import EndOfData
 from treepo_async.errors import DeadlineError, TreepoError
 from treepo_async.learner.batch import BatchRules
+from treepo_async.learner.loss.result import StepResult
 from treepo_async.learner.optimizer import MOMENTS
-from treepo_async.learner.result import StepResult
 from treepo_async.learner.step import WEIGHTS
 from treepo_async.learner.worker import MAX_SKIPPED, Start, Worker, WorkerRules
 from treepo_async.tree.advantage import batch_advantages

@@ -133,3 +133,19 @@ def test_an_evaluation_is_recorded_at_the_step_of_its_policy_and_pass_at_k_only_
         "eval/seconds": 1.5,
     }
     assert eval_record({**event, "pass_at_k": 0.75})["eval/pass_at_k"] == 0.75
+
+
+def test_rows_by_lag_and_level_become_flat_names():
+    tables = {
+        "by_lag": {"0": {"tokens": 5, "ess": 1.0}, "8+": {"tokens": 2, "ess": None}},
+        "by_level": {"16+": {"tokens": 7}},
+    }
+    record = Recorder().step(step(**tables), None)
+    found = {name: v for name, v in record.items() if name.startswith(("lag/", "level/"))}
+    assert found == {
+        "lag/0/tokens": 5,
+        "lag/0/ess": 1.0,
+        "lag/8+/tokens": 2,
+        "lag/8+/ess": None,
+        "level/16+/tokens": 7,
+    }

@@ -6,21 +6,19 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-import psutil
 
 from treepo_async.cpu.environment import cuda_present, environment
 
-PACKAGES = ("sglang", "torch", "transformers", "numpy", "aiohttp")
+PACKAGES = ("sglang", "torch", "megatron-core", "transformers", "numpy", "aiohttp")
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def note(file: Path) -> None:
-    """Append this process's environment to a JSON list, one entry for each time a benchmark was started."""
+def note(file: Path, **more: object) -> None:
+    """Append this process's environment, and more, to a JSON list, one entry for each time a benchmark was started."""
     entries = json.loads(file.read_text()) if file.exists() else []
-    file.write_text(json.dumps([*entries, describe()], indent=2) + "\n")
+    file.write_text(json.dumps([*entries, describe() | more], indent=2) + "\n")
 
 
 def describe() -> dict[str, object]:
@@ -33,13 +31,21 @@ def describe() -> dict[str, object]:
         "is_modified": bool(_git("status", "--porcelain")),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "load_average": os.getloadavg(),
         "cuda": cuda_present(),
         "engine_threads": threads,
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package: _version(package) for package in PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: a benchmark needs only some of them."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git(*words: str) -> str | None:

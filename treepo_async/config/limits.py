@@ -6,7 +6,7 @@ from typing import Any
 from treepo_async.config.schema import AnyConfig, Config, LearnerConfig
 from treepo_async.errors import ConfigError
 
-ARCHITECTURES = ("Qwen2ForCausalLM",)
+ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 """Models that can be trained, as `architectures` in config.json names them; Qwen2 and Qwen2.5 share one."""
 
 SPARE_TOKENS = 2
@@ -74,8 +74,33 @@ def needs_proximal(settings: LearnerConfig) -> bool:
     """Whether the log-probs under the weights at the start of a batch take a forward pass of their own."""
     if settings.proximal != "auto":
         return settings.proximal == "recomputed"
+    moves = settings.minibatches > 1 and (reads_proximal(settings) or is_anchored(settings))
+    return moves or settings.value_correction != "none" or needs_bounds(settings)
+
+
+def needs_bounds(settings: LearnerConfig) -> bool:
+    """Whether a mask must know the log-ratios of the whole batch first."""
+    return bool(NEEDS_PROXIMAL & set(mask_names(settings.mask)))
+
+
+def is_anchored(settings: LearnerConfig) -> bool:
+    """Whether the ratio of the loss is taken against the policy that sampled; of fresh tokens, that is the proximal one."""
+    return settings.anchor == "behavior" or settings.loss == "dppo"
+
+
+def reads_proximal(settings: LearnerConfig) -> bool:
+    """Whether the proximal log-probs of tokens that are not fresh have a say in the loss."""
+    in_ratio = settings.loss != "reinforce" and not is_anchored(settings)
+    has_masks = bool(mask_names(settings.mask))
     return (
-        settings.minibatches > 1
+        in_ratio
+        or settings.correction != "none"
+        or has_masks
         or settings.value_correction != "none"
-        or bool(NEEDS_PROXIMAL & set(mask_names(settings.mask)))
     )
+
+
+def corrects_fresh(config: Config) -> bool:
+    """Whether tokens sampled under the very version trained from are corrected and masked like others."""
+    wanted = config.learner.correct_fresh
+    return config.model.dtype == "bfloat16" if wanted is None else wanted

@@ -55,17 +55,17 @@ LEAVE_ONE_OUT = tuple(name for name in ESTIMATORS if name.startswith("treepo") o
 PATH_WEIGHTS = ("equal", "unbiased")
 """What a trajectory counts; `tree.path_weights` says what each is."""
 LOSSES = ("ppo", "cispo", "gspo", "gspo_segment", "reinforce", "dppo")
-"""Policy losses; `learner.loss` says what each is."""
+"""Policy losses; `learner.loss.policy` says what each is."""
 NORMALIZERS = ("token_mean", "sequence_mean", "dr_grpo", "unique_token")
-"""What the loss is divided by; `learner.normalizer` says what each is."""
+"""What the loss is divided by; `learner.loss.normalizer` says what each is."""
 CORRECTIONS = ("none", "truncated", "icepop", "importance")
-"""Importance weights of tokens that other weights sampled; `learner.correction` says what each is."""
+"""Importance weights of tokens that other weights sampled; `learner.loss.correction` says what each is."""
 MASKS = ("geometric", "window", "k3", "veto_token", "veto_segment", "veto_subtree", "m2po")
-"""Rules that leave tokens out; `learner.mask` says what each is."""
+"""Rules that leave tokens out; `learner.loss.mask` says what each is."""
 PROXIMALS = ("auto", "current", "recomputed", "interpolated")
-"""What the clip range is centred on; `learner.objective` says what each is."""
+"""What the clip range is centred on; `learner.proximal` says what each is."""
 KL_ESTIMATORS = ("k1", "k2", "k3")
-"""Of the divergence to the reference policy; `learner.loss` says what each is."""
+"""Of the divergence to the reference policy; `learner.loss.policy` says what each is."""
 
 
 @dataclass

@@ -7,6 +7,7 @@ from operator import attrgetter
 
 from treepo_async.config.layout import Layout
 from treepo_async.config.limits import response_limit
+from treepo_async.config.loss_rules import check_loss
 from treepo_async.config.schema import (
     BUILT_IN,
     LEAVE_ONE_OUT,
@@ -100,7 +101,7 @@ def _check_pruning(config: AnyConfig) -> Iterator[str]:
 
 def _check_run(config: Config) -> Iterator[str]:
     learner = config.learner
-    for name in ("clip_low", "beta1", "beta2"):
+    for name in ("beta1", "beta2"):
         if not 0 <= getattr(learner, name) < 1:
             yield f"learner.{name}={getattr(learner, name)} must be at least 0 and below 1"
     if learner.leave_one_out and learner.estimator not in LEAVE_ONE_OUT:
@@ -108,6 +109,7 @@ def _check_run(config: Config) -> Iterator[str]:
             f"learner.leave_one_out=true does not go with learner.estimator={learner.estimator}; give false, or "
             f"one of {', '.join(LEAVE_ONE_OUT)}"
         )
+    yield from check_loss(config)
     if config.data.trees is None:
         yield from _check_built_in(config)
     elif config.eval.every and list(_check_built_in(config)):

@@ -19,7 +19,7 @@ import torch
 
 LITERAL_MODULES = (
     "megatron.core.pipeline_parallel.schedules",  # the token counter of a schedule
-    "megatron.core.optimizer.optimizer",  # the loss scale of FP32Optimizer
+    "megatron.core.optimizer.optimizer",  # the loss scale; the types of weights that get master weights
     "megatron.core.optimizer.clip_grads",  # the overflow buffer of the gradient norm; the clip's type check
     "megatron.core.utils",  # the norm that stands in for apex's multi-tensor kernel
 )
@@ -28,7 +28,11 @@ LITERAL_MODULES = (
 MODULES = ("models.gpt.gpt_layer_specs", "distributed", "optimizer", "pipeline_parallel")
 """The parts of `megatron.core` a learner imports; together they import every `@jit_fuser`."""
 
-LITERALS = {"cuda": "cpu", "torch.cuda.FloatTensor": "torch.FloatTensor"}
+LITERALS = {
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+}
 
 
 @cache
@@ -76,12 +80,14 @@ def _import_without_compile() -> None:
 
 
 def _ignore_generators() -> None:
-    """Let dropout of probability 0 between sequence-parallel regions do without CUDA's random states.
+    """Let dropout of probability 0 and recomputed activations do without CUDA's random states.
 
-    It draws nothing, and models with dropout are refused.
+    They draw nothing, and models with dropout are refused.
     """
-    random = import_module("megatron.core.tensor_parallel.random")
+    random: Any = import_module("megatron.core.tensor_parallel.random")
     random.CudaRNGStatesTracker.fork = lambda self, *names: nullcontext()
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda *args, **kwargs: None
 
 
 def _keep(function: Callable[..., Any] | None = None, **options: Any) -> Any:

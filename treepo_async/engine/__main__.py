@@ -65,6 +65,7 @@ def _host_rules(config: Config) -> HostRules:
         max_staleness=config.replay.max_staleness,
         gap_alarm=gap_alarm(config),
         grows_trees=config.data.trees is None,
+        dtype=config.model.dtype,
     )
 
 

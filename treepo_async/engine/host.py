@@ -49,7 +49,9 @@ SAMPLES_PER_EVENT = 4
 BASE_VERSION = PolicyVersion(0, 0)
 
 REFUSE_FACTOR = 100
-"""A probe that differs by this many times `gap_alarm` was not answered by the published weights."""
+"""A probe that differs by this many times `gap_alarm` was not answered by the published weights ..."""
+REFUSE_NATS = 5.0
+"""... and neither was one that differs by this, which is beyond what bfloat16 rounds."""
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,13 @@ class HostRules:
     """Largest probe difference that passes without an alarm, in nats."""
     grows_trees: bool = True
     """False: only evaluations need this engine, so it passes over all other versions, and over refused ones."""
+    dtype: str = "float32"
+    """Of publications."""
+
+    @property
+    def gap_refused(self) -> float:
+        """Probe difference beyond which weights are refused, in nats."""
+        return max(self.gap_alarm, min(self.gap_alarm * REFUSE_FACTOR, REFUSE_NATS))
 
 
 @dataclass
@@ -112,7 +121,7 @@ class Host:
             tasks.create_task(self._follow_store(), name="weights")
 
     async def _follow_store(self) -> None:
-        expected = published_tensors(self.base_dir)
+        expected = published_tensors(self.base_dir, self.rules.dtype)
         while True:
             await asyncio.sleep(LOOK_S)
             await self._look_after_server()
@@ -227,7 +236,7 @@ class Host:
         engine = np.array([x for logprobs in found for x in logprobs], dtype=np.float64)
         learner = np.array([x for logprobs in probe.logprobs for x in logprobs])
         gap = float(np.abs(engine - learner).max()) if len(engine) == len(learner) else math.inf
-        limit = self.rules.gap_alarm * REFUSE_FACTOR
+        limit = self.rules.gap_refused
         # written so that NaN is above everything
         if not gap <= limit:
             raise EngineError(f"the probe differs by {gap:.3g} nats, more than {limit:.3g}")

@@ -5,18 +5,21 @@ Neighbours: the worker calls it with each batch, `team` carries out every part o
 Invariant: what an update needs of the whole batch (whitening, normalizer, bounds of masks) is fixed before any correction acts.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 
-from treepo_async.learner.geometry import Float64
-from treepo_async.learner.normalizer import loss_weights
-from treepo_async.learner.result import StepResult, merge
-from treepo_async.learner.share import SegmentValues, Share
-from treepo_async.tree.advantage import batch_advantages
+from treepo_async.learner.loss.normalizer import loss_weights
+from treepo_async.learner.loss.result import StepResult, merge
+from treepo_async.learner.loss.values import corrected_groups
+from treepo_async.learner.packing.bounds import Bounds, bounds_of
+from treepo_async.learner.packing.geometry import Float64
+from treepo_async.learner.packing.share import SegmentValues, Share
+from treepo_async.tree.advantage import MakeGroups, batch_advantages
 from treepo_async.types import PolicyVersion, Tree
 
 
@@ -45,6 +48,14 @@ class BatchRules:
     needs_proximal: bool = False
     """Whether log-probs under the weights at the start of the batch are computed first."""
     needs_reference: bool = False
+    needs_bounds: bool = False
+    """Whether a mask reads `Bounds`; then `needs_proximal` too."""
+    mean_square: float = math.inf
+    """Of the mask `m2po`, in nats squared."""
+    vtrace_cap: float | None = None
+    """Largest factor of a level where values are corrected, then `needs_proximal` too; None: they are not."""
+    correct_fresh: bool = False
+    """Whether fresh tokens are corrected and masked like others."""
 
 
 class BatchTrainer:
@@ -60,33 +71,55 @@ class BatchTrainer:
             trees: the batch.
             version: the version the current weights were published as.
         """
-        advantages = self._advantages(trees)
-        # the weights are not read by a forward pass
-        whole = Share(tuple(trees), tuple(advantages), tuple(advantages))
-        proximal = self._team.logprobs(whole) if self._rules.needs_proximal else []
-        reference = (
-            self._team.logprobs(whole, of_reference=True) if self._rules.needs_reference else []
-        )
-        results = []
-        for chosen in _parts(len(trees), self._rules.num_minibatches):
-            part_trees, part_advantages = trees[chosen], advantages[chosen]
-            weights = loss_weights(
-                part_trees,
-                part_advantages,
-                self._rules.normalizer,
-                response_limit=self._rules.response_limit,
-            )
-            part = Share(
-                trees=tuple(part_trees),
-                advantages=tuple(part_advantages),
-                weights=tuple(weights),
-                proximal=tuple(proximal[chosen]),
-                reference=tuple(reference[chosen]),
-            )
-            results.append(self._team.train(part, version=version))
+        batch = self._prepare(trees, version)
+        parts = _parts(len(trees), self._rules.num_minibatches)
+        results = [self._team.train(self._part(batch, part), version=version) for part in parts]
+        if not batch.proximal:
+            # the weights have moved since the version was published: what differs is no error of the engine
+            results[1:] = [_without_gap(result) for result in results[1:]]
         return merge(results)
 
-    def _advantages(self, trees: Sequence[Tree]) -> list[Float64]:
+    def _prepare(self, trees: Sequence[Tree], version: PolicyVersion) -> Share:
+        """All trees with what is known of the whole batch; its weights are not those of any update."""
+        rules, advantages = self._rules, self._advantages(trees)
+        # the weights are not read by a forward pass
+        whole = Share(tuple(trees), tuple(advantages), tuple(advantages))
+        proximal = self._team.logprobs(whole) if rules.needs_proximal else []
+        reference = self._team.logprobs(whole, of_reference=True) if rules.needs_reference else []
+        if rules.vtrace_cap is not None:
+            corrected = corrected_groups(
+                trees, proximal, version, cap=rules.vtrace_cap, correct_fresh=rules.correct_fresh
+            )
+            advantages = self._advantages(trees, corrected)
+        return replace(
+            whole,
+            advantages=tuple(advantages),
+            proximal=tuple(proximal),
+            reference=tuple(reference),
+            bounds=self._bounds(whole, proximal, version) if rules.needs_bounds else Bounds(),
+        )
+
+    def _part(self, batch: Share, chosen: slice) -> Share:
+        """The trees of one update."""
+        trees, advantages = batch.trees[chosen], batch.advantages[chosen]
+        weights = loss_weights(
+            trees,
+            advantages,
+            self._rules.normalizer,
+            response_limit=self._rules.response_limit,
+        )
+        return Share(
+            trees=trees,
+            advantages=advantages,
+            weights=tuple(weights),
+            proximal=batch.proximal[chosen],
+            reference=batch.reference[chosen],
+            bounds=batch.bounds,
+        )
+
+    def _advantages(
+        self, trees: Sequence[Tree], make_groups: Sequence[MakeGroups] | None = None
+    ) -> list[Float64]:
         rules = self._rules
         return batch_advantages(
             trees,
@@ -94,6 +127,19 @@ class BatchTrainer:
             whitened=rules.whiten,
             leave_one_out=rules.leave_one_out,
             path_weights=rules.path_weights,
+            make_groups=make_groups,
+        )
+
+    def _bounds(
+        self, batch: Share, proximal: Sequence[SegmentValues], version: PolicyVersion
+    ) -> Bounds:
+        return bounds_of(
+            batch.trees,
+            batch.advantages,
+            proximal,
+            version,
+            mean_square=self._rules.mean_square,
+            correct_fresh=self._rules.correct_fresh,
         )
 
 
@@ -101,3 +147,7 @@ def _parts(num_trees: int, num_parts: int) -> list[slice]:
     """Consecutive parts of as equal a size as possible, at most one a tree."""
     bounds = np.linspace(0, num_trees, min(num_parts, num_trees) + 1).round().astype(int).tolist()
     return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _without_gap(result: StepResult) -> StepResult:
+    return replace(result, logprob_gap_mean=math.nan, logprob_gap_max=math.nan)

@@ -1,7 +1,7 @@
 """From a learner to a checkpoint and back. Neighbours: `weights.checkpoints` has the folder, `team` the tensors.
 
-Invariant: tensors travel under Hugging Face's names, gathered and cut by the same map as the model's weights, so a
-checkpoint says nothing of the layout that wrote it.
+Invariants: tensors travel under Hugging Face's names, gathered and cut by the same map as the model's weights, so a checkpoint
+says nothing of the layout that wrote it; they are float32 whatever the model's dtype, for a bfloat16 model the master weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
 
-from treepo_async.errors import ConfigError
-from treepo_async.learner.hf import Read
+from treepo_async.learner.model.hf_files import open_file
 from treepo_async.learner.optimizer import MOMENTS
 from treepo_async.learner.publish import named_tensors
 from treepo_async.learner.step import WEIGHTS, Learner
@@ -77,19 +74,7 @@ def load(learner: Learner, checkpoint: Checkpoint) -> None:
         ConfigError: the checkpoint is of another model.
     """
     learner.restore(
-        lambda kind: _reader(checkpoint.folder / file_of(kind)), checkpoint.state.num_updates
+        lambda kind: open_file(checkpoint.folder / file_of(kind)), checkpoint.state.num_updates
     )
     rng = bytearray.fromhex(checkpoint.state.rng)
     torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
-
-
-def _reader(file: Path) -> Read:
-    def read(name: str) -> Tensor:
-        with safe_open(file, "pt") as tensors:
-            if name not in tensors.keys():  # noqa: SIM118 - it is no dict
-                raise ConfigError(
-                    f"{file} has no tensor {name!r}; the checkpoint is of another model"
-                )
-            return tensors.get_tensor(name)
-
-    return read

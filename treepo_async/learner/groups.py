@@ -1,6 +1,6 @@
 """The process groups of the learner's ranks: tensor, pipeline and data parallel.
 
-Neighbours: the worker opens them once per process before `step.build_learner`. A world of one rank is opened the same way.
+Neighbours: the worker opens them once per process before `build.build_learner`. A world of one rank is opened the same way.
 
 Invariant: every group has an explicit timeout, so a rank that waits for a dead one fails instead of hanging.
 """

@@ -2,8 +2,8 @@
 
 Neighbour: `step` calls `update` once per batch.
 
-Invariant: biases and norms are not decayed. Megatron keeps that, and the learning rate, in its scheduler, so no
-update runs without a scheduler step before it.
+Invariants: biases and norms are not decayed; Megatron keeps that, and the learning rate, in its scheduler, so no update runs
+without a scheduler step before it. The weights of a bfloat16 model are its float32 master weights, rounded.
 """
 
 import math
@@ -40,10 +40,22 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps at every parameter."""
 
 
+def master(weight: nn.Parameter) -> Tensor:
+    """What the optimizer updates in a parameter's place: float32 master weights of a bfloat16 one, else the parameter itself."""
+    return getattr(weight, "main_param", weight)
+
+
 class Optimizer:
     """AdamW and its schedule over the parameters of one model."""
 
     def __init__(self, model: Any, settings: OptimizerSettings) -> None:
+        """Build; a bfloat16 model is given master weights that are still unset.
+
+        Args:
+            model: from `build_model`.
+            settings: what an update does.
+        """
+        self.model = model
         self.adam = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -54,7 +66,8 @@ class Optimizer:
                 adam_beta2=settings.beta2,
                 adam_eps=settings.epsilon,
                 clip_grad=settings.max_grad_norm,
-                params_dtype=torch.float32,
+                bf16=model.config.bf16,
+                params_dtype=model.config.params_dtype,
             ),
             [model],
         )
@@ -98,6 +111,12 @@ class Optimizer:
             for weight in group["params"]:
                 self._state(weight)["step"].fill_(num_updates)
 
+    def round_master(self) -> None:
+        """Give the model its master weights, rounded; after these were filled from elsewhere."""
+        for weight in self.model.parameters():
+            if (kept := master(weight)) is not weight:
+                weight.data.copy_(kept.data)
+
     def zero_grad(self) -> None:
         """Forget the gradients of the last batch."""
         self.adam.zero_grad()
@@ -122,8 +141,9 @@ class Optimizer:
     def _state(self, weight: nn.Parameter) -> dict[str, Tensor]:
         """What torch's AdamW keeps at a parameter, made as it makes it."""
         (adam,) = self.adam.chained_optimizers
-        state: dict[str, Tensor] = adam.optimizer.state[weight]
+        kept = master(weight)
+        state: dict[str, Tensor] = adam.optimizer.state[kept]
         if not state:
             state["step"] = torch.zeros(())
-            state |= {name: torch.zeros_like(weight.data) for name in MOMENTS}
+            state |= {name: torch.zeros_like(kept.data) for name in MOMENTS}
         return state

@@ -10,17 +10,26 @@ from pathlib import Path
 import torch
 
 from treepo_async.config.layout import Layout
-from treepo_async.config.limits import gap_alarm, needs_proximal, response_limit
+from treepo_async.config.limits import (
+    corrects_fresh,
+    gap_alarm,
+    needs_bounds,
+    needs_proximal,
+    response_limit,
+)
 from treepo_async.config.schema import Config
 from treepo_async.config.wiring import POLICY_FILE, Wiring
 from treepo_async.errors import DataError
+from treepo_async.learner.attention.plan import resolve
 from treepo_async.learner.batch import BatchRules
+from treepo_async.learner.build import build_learner
 from treepo_async.learner.checkpoint import load as load_checkpoint
 from treepo_async.learner.control import Control
 from treepo_async.learner.groups import close_groups, open_groups
-from treepo_async.learner.objective import LossSettings
+from treepo_async.learner.loss.settings import loss_settings
 from treepo_async.learner.optimizer import OptimizerSettings
-from treepo_async.learner.step import Learner, build_learner
+from treepo_async.learner.packing.cost import CostModel
+from treepo_async.learner.step import Learner
 from treepo_async.learner.team import Team
 from treepo_async.learner.worker import Start, Worker, WorkerRules
 from treepo_async.metrics.events import emit
@@ -102,7 +111,7 @@ def _lead(job: RankJob, team: Team) -> None:
     finally:
         replay.close()
     _check_steps(num_steps, job.config.steps)
-    folder = team.keep_waiting(partial(_save_model, wiring, weights))
+    folder = team.keep_waiting(partial(_save_model, wiring, weights, job.config.model.dtype))
     emit("done", num_steps=num_steps, model=str(folder))
 
 
@@ -115,7 +124,7 @@ def _check_steps(num_steps: int, wanted: int) -> None:
 
 def _learner(job: RankJob) -> Learner:
     settings = job.config.learner
-    return build_learner(
+    learner = build_learner(
         Path(job.wiring.model_dir),
         optimizer=OptimizerSettings(
             learning_rate=settings.lr,
@@ -125,16 +134,23 @@ def _learner(job: RankJob) -> Learner:
             beta2=settings.beta2,
             max_grad_norm=settings.clip_grad,
         ),
-        loss=LossSettings(
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            correction=settings.correction,
-            correction_cap=settings.correction_cap,
-        ),
+        loss=loss_settings(job.config),
         microbatch_tokens=settings.microbatch_tokens,
         seed=job.config.seed,
+        with_reference=settings.kl_coef > 0,
         sequence_parallel=settings.sequence_parallel,
+        dtype=getattr(torch, job.config.model.dtype),
+        attention=settings.attention,
+        recompute=settings.recompute,
+        head_tokens=settings.head_tokens,
     )
+    learner.packing = settings.packing
+    learner.cost = CostModel.of(
+        learner.shape,
+        resolve(settings.attention),
+        microbatch_tokens=settings.microbatch_tokens,
+    )
+    return learner
 
 
 def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: WeightStore) -> Worker:
@@ -179,10 +195,14 @@ def batch_rules(config: Config) -> BatchRules:
         num_minibatches=settings.minibatches,
         needs_proximal=needs_proximal(settings),
         needs_reference=settings.kl_coef > 0,
+        needs_bounds=needs_bounds(settings),
+        mean_square=settings.mask_m2po,
+        vtrace_cap=settings.vtrace_cap if settings.value_correction == "vtrace" else None,
+        correct_fresh=corrects_fresh(config),
     )
 
 
-def _save_model(wiring: Wiring, weights: WeightStore) -> Path:
+def _save_model(wiring: Wiring, weights: WeightStore, dtype: str) -> Path:
     """The last publication with the tokenizer beside it: a Hugging Face folder, complete by one rename."""
     folder, building = Path(wiring.run_dir) / "model", Path(wiring.run_dir) / ".model"
     shutil.rmtree(building, ignore_errors=True)
@@ -191,7 +211,7 @@ def _save_model(wiring: Wiring, weights: WeightStore) -> Path:
         for file in Path(wiring.model_dir).glob(pattern):
             if not file.name.endswith(".safetensors.index.json"):
                 shutil.copy(file, building)
-    config = json.loads((building / "config.json").read_text()) | {"dtype": "float32"}
+    config = json.loads((building / "config.json").read_text()) | {"dtype": dtype}
     config.pop("torch_dtype", None)
     (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     version = weights.versions()[-1]

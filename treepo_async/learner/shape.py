@@ -12,6 +12,20 @@ from typing import Any, Self
 from treepo_async.config.limits import ARCHITECTURES
 from treepo_async.errors import ConfigError
 
+DEFAULT_ROPE, LLAMA3_ROPE = "default", "llama3"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeStretch:
+    """How the rotary embedding of Llama 3.1 and later was stretched to longer contexts."""
+
+    factor: float
+    low: float
+    """Waves with fewer turns than this in the original context are slowed by `factor`."""
+    high: float
+    """Those with more turns than this are left alone."""
+    original_positions: int
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -29,6 +43,12 @@ class ModelShape:
     max_position_embeddings: int
     tied: bool
     """Whether the output layer is the embedding."""
+    qkv_bias: bool = False
+    """Whether the projections to queries, keys and values have biases (Qwen2)."""
+    qk_norm: bool = False
+    """Whether the queries and keys of each head are normalised (Qwen3)."""
+    rope_stretch: RopeStretch | None = None
+    """None: the rotary embedding is the plain one."""
 
     @classmethod
     def from_config(cls, hf_config: Mapping[str, Any]) -> Self:
@@ -38,6 +58,7 @@ class ModelShape:
             ConfigError: the architecture or one of its features is not supported, or a key is missing.
         """
         _check_supported(hf_config)
+        family = hf_config["architectures"][0]
         try:
             num_heads, hidden_size = hf_config["num_attention_heads"], hf_config["hidden_size"]
             return cls(
@@ -52,6 +73,9 @@ class ModelShape:
                 norm_epsilon=hf_config["rms_norm_eps"],
                 max_position_embeddings=hf_config["max_position_embeddings"],
                 tied=hf_config.get("tie_word_embeddings", False),
+                qkv_bias=family == "Qwen2ForCausalLM",
+                qk_norm=family == "Qwen3ForCausalLM",
+                rope_stretch=_stretch(_rope(hf_config)),
             )
         except KeyError as error:
             raise ConfigError(
@@ -95,19 +119,44 @@ def _rope(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
     return hf_config.get("rope_parameters") or hf_config.get("rope_scaling") or {}
 
 
+def _rope_kind(rope: Mapping[str, Any]) -> str:
+    return rope.get("rope_type", rope.get("type", DEFAULT_ROPE))
+
+
+def _stretch(rope: Mapping[str, Any]) -> RopeStretch | None:
+    if _rope_kind(rope) != LLAMA3_ROPE:
+        return None
+    return RopeStretch(
+        factor=rope["factor"],
+        low=rope["low_freq_factor"],
+        high=rope["high_freq_factor"],
+        original_positions=rope["original_max_position_embeddings"],
+    )
+
+
 def _check_supported(hf_config: Mapping[str, Any]) -> None:
     names = hf_config.get("architectures") or ["none"]
     if names[0] not in ARCHITECTURES:
         raise ConfigError(
             f"config.json architectures is {names[0]!r}; the learner trains {', '.join(ARCHITECTURES)}"
         )
-    rope_kind = _rope(hf_config).get("rope_type", _rope(hf_config).get("type", "default"))
+    rope = _rope(hf_config)
     rope_key = "rope_parameters" if hf_config.get("rope_parameters") else "rope_scaling"
+    known_rope = _rope_kind(rope) in (DEFAULT_ROPE, LLAMA3_ROPE)
+    partial = {hf_config.get("partial_rotary_factor"), rope.get("partial_rotary_factor")}
+    has_bias = names[0] != "Qwen2ForCausalLM" and bool(hf_config.get("attention_bias"))
     layer_kinds = set(hf_config.get("layer_types") or ["full_attention"])
     refusals = (
         ("use_sliding_window", bool(hf_config.get("use_sliding_window")), "full attention"),
         ("layer_types", layer_kinds != {"full_attention"}, "full attention"),
-        (rope_key, rope_kind != "default", "RoPE without scaling"),
+        (rope_key, not known_rope, f"RoPE of the types {DEFAULT_ROPE} and {LLAMA3_ROPE}"),
+        ("partial_rotary_factor", bool(partial - {None, 1}), "RoPE of whole heads"),
+        (
+            "attention_bias",
+            has_bias,
+            "attention without biases; Qwen2 has some whatever this key says",
+        ),
+        ("mlp_bias", bool(hf_config.get("mlp_bias")), "an MLP without biases"),
         ("attention_dropout", bool(hf_config.get("attention_dropout")), "no dropout"),
         ("num_experts", bool(hf_config.get("num_experts")), "dense layers"),
         ("hidden_act", hf_config.get("hidden_act", "silu") != "silu", "silu"),
@@ -115,5 +164,5 @@ def _check_supported(hf_config: Mapping[str, Any]) -> None:
     for key, refused, supported in refusals:
         if refused:
             raise ConfigError(
-                f"config.json {key} is {hf_config.get(key)!r}; the learner supports {supported} only"
+                f"config.json {key} is {hf_config.get(key, rope.get(key))!r}; the learner supports {supported} only"
             )

@@ -7,11 +7,9 @@ Invariant: the ranks of one data-parallel replica are given the same share, and 
 normalizer of the loss is in the weights that a share carries, so nothing here divides.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,18 +17,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from treepo_async.errors import ConfigError
-from treepo_async.learner.edges import Edges
-from treepo_async.learner.groups import add_up, device, seed_ranks, share_out, sum_stages
-from treepo_async.learner.hf import Read, TensorOf, export, itself, load, open_checkpoint
+from treepo_async.learner.groups import add_up, device, share_out, sum_stages
+from treepo_async.learner.loss.objective import SUMS, Objective
+from treepo_async.learner.loss.result import StepResult, loss_of, result_of
 from treepo_async.learner.mcore import get_forward_backward_func, parallel_state
-from treepo_async.learner.model import build_model
-from treepo_async.learner.objective import SUMS, LossSettings, Objective
-from treepo_async.learner.optimizer import MOMENTS, Optimizer, OptimizerSettings
-from treepo_async.learner.pack import Float32, Int32, PackedBatch, empty_batch, pack, pack_sequences
-from treepo_async.learner.result import StepResult, loss_of, result_of
+from treepo_async.learner.model.hf import Read, TensorOf, export, load
+from treepo_async.learner.optimizer import MOMENTS, Optimizer, master
+from treepo_async.learner.packing.cost import CostModel
+from treepo_async.learner.packing.edges import Edges
+from treepo_async.learner.packing.pack import (
+    Float32,
+    Int32,
+    PackedBatch,
+    empty_batch,
+    pack,
+    pack_sequences,
+)
+from treepo_async.learner.packing.share import SegmentValues, Share
 from treepo_async.learner.shape import ModelShape
-from treepo_async.learner.share import SegmentValues, Share
 from treepo_async.types import PolicyVersion
 
 WEIGHTS = "weights"
@@ -71,6 +75,18 @@ class Learner:
         self.microbatch_tokens = microbatch_tokens
         self.align = align
         self.reference = reference
+        self._dtype = torch.promote_types(torch.float32, next(model.parameters()).dtype)
+        """Of everything that is computed from log-probs."""
+        self.packing = "tree"
+        """How trees are cut for it: a name in `divide.PACKINGS`."""
+        self.cost = CostModel()
+        """What its microbatches are evened out by."""
+
+    @property
+    def num_stages(self) -> int:
+        """Of the pipeline."""
+        stages: int = parallel_state.get_pipeline_model_parallel_world_size()
+        return stages
 
     def train(self, share: Share, *, version: PolicyVersion | None = None) -> StepResult:
         """Make one update.
@@ -94,6 +110,7 @@ class Learner:
                     version=version,
                     proximal=share.proximal,
                     reference=share.reference,
+                    dtype=self._dtype,
                 ),
             )
             for batch in batches
@@ -161,7 +178,7 @@ class Learner:
         """Yield the HF tensors of the whole model on rank 0; `hf.export` has the terms.
 
         Args:
-            kind: `weights`, or the name of one of the optimizer's `MOMENTS`.
+            kind: `weights`, of a bfloat16 model in float32, or the name of one of the optimizer's `MOMENTS`.
         """
         return export(self.model, self.shape, self._tensor_of(kind))
 
@@ -178,9 +195,10 @@ class Learner:
         self.optimizer.restore_count(num_updates)
         for kind in (WEIGHTS, *MOMENTS):
             load(self.model, self.shape, read(kind), self._tensor_of(kind))
+        self.optimizer.round_master()
 
     def _tensor_of(self, kind: str) -> TensorOf:
-        return itself if kind == WEIGHTS else self.optimizer.moment(kind)
+        return master if kind == WEIGHTS else self.optimizer.moment(kind)
 
     def _lay_out(self, share: Share) -> list[PackedBatch]:
         return pack(share.trees, share.advantages, share.weights, share.microbatches, self.align)
@@ -192,10 +210,10 @@ class Learner:
         def keep(edges: Edges, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
             return logprobs.sum(), logprobs
 
-        microbatches = [(batch, Edges.of(batch, device())) for batch in batches]
+        microbatches = [(batch, Edges.of(batch, device(), dtype=self._dtype)) for batch in batches]
         kept = self._run(model, microbatches, keep, forward_only=True)
         sizes = [batch.num_trained_tokens for batch in batches]
-        flat = torch.zeros(sum(sizes), device=device())
+        flat = torch.zeros(sum(sizes), dtype=self._dtype, device=device())
         if parallel_state.is_pipeline_last_stage():
             torch.cat(kept, out=flat)
         sum_stages(flat)
@@ -238,47 +256,6 @@ class Learner:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-
-
-def build_learner(
-    model_dir: Path,
-    *,
-    optimizer: OptimizerSettings,
-    loss: LossSettings,
-    microbatch_tokens: int,
-    seed: int,
-    sequence_parallel: bool = True,
-) -> Learner:
-    """Build a learner from a Hugging Face model directory; needs opened process groups.
-
-    Args:
-        model_dir: has config.json and safetensors.
-        optimizer: what an update does.
-        loss: what it minimises.
-        microbatch_tokens: most packed tokens of a microbatch; a larger tree gets one of its own.
-        seed: of every random generator.
-        sequence_parallel: see `build_model`.
-
-    Raises:
-        ConfigError: the directory is incomplete, or the model or the correction is not supported.
-    """
-    objective = Objective(loss)
-    path = model_dir / "config.json"
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; give a Hugging Face model directory")
-    shape = ModelShape.from_config(json.loads(path.read_text()))
-    seed_ranks(seed)
-    model = build_model(shape, sequence_parallel=sequence_parallel)
-    load(model, shape, open_checkpoint(model_dir))
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    return Learner(
-        model,
-        shape,
-        Optimizer(model, optimizer),
-        objective,
-        microbatch_tokens,
-        align=tp if sequence_parallel else 1,
-    )
 
 
 def _reduce(kept: Sequence[tuple[Tensor, Tensor]]) -> tuple[dict[str, float], float]:

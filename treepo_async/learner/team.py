@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from treepo_async.learner.control import Control, Order
-from treepo_async.learner.divide import divide
-from treepo_async.learner.pack import Float32, Int32
-from treepo_async.learner.result import StepResult
-from treepo_async.learner.share import SegmentValues, Share
-from treepo_async.learner.share_codec import (
+from treepo_async.learner.loss.result import StepResult
+from treepo_async.learner.packing.divide import divide
+from treepo_async.learner.packing.pack import Float32, Int32
+from treepo_async.learner.packing.share import SegmentValues, Share
+from treepo_async.learner.packing.share_codec import (
     share_from_bytes,
     share_to_bytes,
     values_from_bytes,
@@ -121,7 +121,10 @@ class Team:
         return divide(
             batch,
             num_replicas=self._control.num_replicas,
+            num_stages=self._learner.num_stages,
             budget_tokens=self._learner.microbatch_tokens,
+            packing=self._learner.packing,
+            cost=self._learner.cost,
         )
 
     def _scatter(self, shares: Sequence[Share]) -> None:

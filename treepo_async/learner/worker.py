@@ -21,9 +21,9 @@ import torch
 from treepo_async.errors import DeadlineError, TreepoError, WireError
 from treepo_async.learner import checkpoint
 from treepo_async.learner.batch import BatchRules, BatchTrainer
+from treepo_async.learner.loss.result import StepResult
+from treepo_async.learner.packing.share import SegmentValues, Share
 from treepo_async.learner.publish import probe_sequences, publish
-from treepo_async.learner.result import StepResult
-from treepo_async.learner.share import SegmentValues, Share
 from treepo_async.learner.step import WEIGHTS
 from treepo_async.learner.summary import summarize
 from treepo_async.metrics.events import emit

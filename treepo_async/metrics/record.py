@@ -21,19 +21,26 @@ STEP_NAMES = {
     "tokens/response_mean": "response_tokens_mean",
     "learner/lineage": "lineage",
     "learner/loss": "loss",
+    "learner/policy_loss": "policy_loss",
     "learner/grad_norm": "grad_norm",
     "learner/lr": "learning_rate",
     "learner/entropy": "entropy",
     "learner/kl_behavior": "kl_behavior",
+    "learner/kl_reference": "kl_reference",
     "learner/correction_weight": "correction_weight_mean",
     "learner/correction_capped": "correction_capped_share",
     "learner/clipped": "clipped_share",
+    "learner/masked": "masked_share",
+    "learner/ess": "ess",
     "learner/microbatches": "num_microbatches",
     "learner/skipped": "skipped",
     "gap/sampled_max": "logprob_gap_max",
     "gap/sampled_mean": "logprob_gap_mean",
 }
 """Metric name: field of the learner's `step` event."""
+
+STEP_TABLES = {"lag": "by_lag", "level": "by_level"}
+"""First part of metric names: field of the learner's `step` event with a row of numbers for each lag or level there was."""
 
 WEIGHTS_NAMES = {
     "gap/probe_max": "gap",
@@ -99,6 +106,8 @@ class Recorder:
         """
         record = {"step": event["policy_step"], "time": time.time()}
         record |= {name: event[field] for name, field in STEP_NAMES.items()}
+        for axis, field in STEP_TABLES.items():
+            record |= _flat(axis, event.get(field, {}))
         record |= {name: (weights or {}).get(field) for name, field in WEIGHTS_NAMES.items()}
         record |= self._sampling()
         seconds = event["seconds"]
@@ -135,6 +144,15 @@ def eval_record(event: Event) -> dict[str, Any]:
     """The record of an evaluation, from the actor's `eval`."""
     record = {"step": event["step"], "time": time.time()}
     return record | {name: event[field] for name, field in EVAL_NAMES.items() if field in event}
+
+
+def _flat(axis: str, table: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """E.g. `lag/3/ess` from row 3, column ess."""
+    return {
+        f"{axis}/{row}/{column}": value
+        for row, values in table.items()
+        for column, value in values.items()
+    }
 
 
 def _share(part: float, whole: float) -> float | None:

@@ -45,6 +45,9 @@ OF_SEGMENTS: dict[str, Callable[..., Float64]] = {
 }
 """From `Groups` to [L, D]."""
 
+MakeGroups = Callable[[Levels, Float64, Float64], Groups]
+"""(levels, rewards [L], weights [L]) -> groups, as `Groups.of`."""
+
 
 def advantages(
     tree: Tree,
@@ -102,14 +105,27 @@ def batch_advantages(
     whitened: bool,
     leave_one_out: bool = False,
     path_weights: str = "equal",
+    make_groups: Sequence[MakeGroups] | None = None,
 ) -> list[Float64]:
     """Advantages of every tree of a batch, [L] or [L, D] each.
 
     They are whitened before they are multiplied by the relative weights of their trajectories, over tokens that are
     weighted likewise: so the mean that whitening takes off is a baseline like any other, and the results have mean 0 over
     the tokens of the batch.
+
+    Args:
+        trees: the batch.
+        estimator: as for `advantages`.
+        whitened: whether they are.
+        leave_one_out: as for `advantages`.
+        path_weights: as for `advantages`.
+        make_groups: per tree, groups whose means differ from those of `Groups.of`.
     """
-    estimates = [_estimate(tree, estimator, leave_one_out, path_weights) for tree in trees]
+    makers = make_groups or [Groups.of] * len(trees)
+    estimates = [
+        _estimate(tree, estimator, leave_one_out, path_weights, make)
+        for tree, make in zip(trees, makers, strict=True)
+    ]
     values = [values for values, _ in estimates]
     weights = [weights_L for _, weights_L in estimates]
     if whitened:
@@ -131,7 +147,11 @@ def has_spread(tree: Tree) -> bool:
 
 
 def _estimate(
-    tree: Tree, estimator: str, leave_one_out: bool, path_weights: str
+    tree: Tree,
+    estimator: str,
+    leave_one_out: bool,
+    path_weights: str,
+    make_groups: MakeGroups = Groups.of,
 ) -> tuple[Float64, Float64]:
     """What an estimator gives, and the weights of the leaves relative to their mean over the scored ones, [L]."""
     estimate = _find(estimator, leave_one_out)
@@ -141,7 +161,7 @@ def _estimate(
     values, scored = np.full(shape, np.nan), np.isfinite(rewards_L)
     if not scored.any():
         return values, np.ones(len(rewards_L))
-    groups = Groups.of(levels, rewards_L, weights_L)
+    groups = make_groups(levels, rewards_L, weights_L)
     values[scored] = estimate(groups)
     relative_L = np.ones(len(rewards_L))
     relative_L[scored] = groups.weights_L / groups.weights_L.mean()

@@ -16,7 +16,8 @@ from treepo_async.errors import WeightsError
 
 WEIGHTS_FILE = "model.safetensors"
 MANIFEST_FILE = "manifest.json"
-PUBLISHED_DTYPE = "F32"
+PUBLISHED_DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+"""How safetensors spells each `model.dtype`."""
 TIED_HEAD = "lm_head.weight"
 """Not published where it is the embedding; some checkpoints store it all the same."""
 
@@ -103,8 +104,12 @@ def model_tensors(model_dir: Path) -> dict[str, TensorInfo]:
     return {name: info for file in files for name, info in read_tensors(file).items()}
 
 
-def published_tensors(model_dir: Path) -> dict[str, TensorInfo]:
-    """What a publication of a model holds: its tensors in float32, a tied head left out.
+def published_tensors(model_dir: Path, dtype: str = "float32") -> dict[str, TensorInfo]:
+    """What a publication of a model holds: its tensors in the run's dtype, a tied head left out.
+
+    Args:
+        model_dir: the initial model, whatever the dtype of its files.
+        dtype: `model.dtype` of the run.
 
     Raises:
         WeightsError: the folder is no Hugging Face model.
@@ -114,7 +119,7 @@ def published_tensors(model_dir: Path) -> dict[str, TensorInfo]:
     except (OSError, ValueError) as error:
         raise WeightsError(f"{model_dir}: config.json cannot be read: {error}") from error
     return {
-        name: TensorInfo(PUBLISHED_DTYPE, info.shape)
+        name: TensorInfo(PUBLISHED_DTYPES[dtype], info.shape)
         for name, info in model_tensors(model_dir).items()
         if not (is_tied and name == TIED_HEAD)
     }

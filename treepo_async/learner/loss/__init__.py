@@ -1,0 +1,1 @@
+"""From log-probs to a loss: policy losses, corrections, masks, normalizers, statistics. Pure."""

@@ -1,0 +1,1 @@
+"""From trees to microbatches: pieces, their cost, where they go, how they are laid out."""
