@@ -119,6 +119,11 @@ def final_gsm8k_answer(answer: str) -> str:
     return final if final and last_line.startswith("####") else answer
 
 
+def is_file(data: str) -> bool:
+    """Whether a source is a file of this machine, there or not, rather than a dataset of the hub."""
+    return Path(data).suffix in (".jsonl", ".parquet") or not _DATASET_ID.fullmatch(data)
+
+
 def _open(data: str) -> tuple[str, Iterator[_Row]]:
     path = Path(data).expanduser()
     readers = {".jsonl": _jsonl_rows, ".parquet": _parquet_rows}

@@ -1,22 +1,28 @@
 """The folder of checkpoints: one write-once folder per policy version, complete by one rename, the newest few kept.
 
 A checkpoint is a set of safetensors files under Hugging Face's tensor names, one per kind (weights, and each moment of the
-optimizer), so it can be loaded in any layout. Its manifest has the hash of every file; a damaged checkpoint is
-passed over and the one before it is used. Neighbours: the learner writes and loads, the driver asks where a run stands.
+optimizer), so it can be loaded in any layout. Its manifest has the hash of every file and of itself; a damaged checkpoint is
+passed over and the one before it is used. Neighbours: the learner writes and loads, the driver asks where a run stands,
+`export` reads.
+
+Invariants: a checkpoint is written below a hidden name, on disk before it has its own, and never changed. One that is whole
+is only removed when `keep` newer ones are.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from treepo_async.errors import WeightsError
 from treepo_async.types import PolicyVersion
+from treepo_async.weights.durable import make_folder, publish_folder
 from treepo_async.weights.manifest import MANIFEST_FILE, UNREADABLE
 from treepo_async.weights.store import (
     Apart,
@@ -24,9 +30,11 @@ from treepo_async.weights.store import (
     at_once,
     remove_leftovers,
     versions_in,
-    write_tensors,
 )
+from treepo_async.weights.tensor_file import TensorFileWriter
 
+WEIGHTS_KIND = "weights"
+"""The kind of tensors that are the policy itself."""
 HASH_BLOCK = 2**20
 
 
@@ -65,10 +73,12 @@ class Checkpoint:
         """Read a checkpoint's manifest.
 
         Raises:
-            WeightsError: it is missing or no manifest of a checkpoint.
+            WeightsError: it is missing, damaged or no manifest of a checkpoint.
         """
         try:
             raw = json.loads((folder / MANIFEST_FILE).read_text())
+            if raw.pop("digest") != _digest(raw):
+                raise ValueError("it is damaged: its digest is not that of its contents")
             found = cls(folder, TrainingState(**raw["state"]), dict(raw["hashes"]))
             if found.state.version != folder.name:
                 raise ValueError(f"it is of version {found.state.version}")
@@ -82,14 +92,16 @@ class Checkpoint:
         """Compare every file with its hash.
 
         Raises:
-            WeightsError: a file is missing or damaged.
+            WeightsError: a file is missing, damaged or cannot be read.
         """
-        for name, expected in self.hashes.items():
-            file = self.folder / name
-            if not file.is_file():
-                raise WeightsError(f"{file} is missing")
-            if hash_file(file) != expected:
-                raise WeightsError(f"{file} is damaged: its hash is not the manifest's")
+        files = [self.folder / name for name in self.hashes]
+        with ThreadPoolExecutor(max(1, len(files)), thread_name_prefix="hash") as pool:
+            for file, found in zip(files, pool.map(_try_hash, files), strict=True):
+                if isinstance(found, OSError):
+                    reason = "is missing" if not file.exists() else f"cannot be read: {found}"
+                    raise WeightsError(f"{file} {reason}")
+                if found != self.hashes[file.name]:
+                    raise WeightsError(f"{file} is damaged: its hash is not the manifest's")
 
 
 class CheckpointStore:
@@ -100,10 +112,12 @@ class CheckpointStore:
 
         Args:
             folder: of all checkpoints; made when the first one is written.
-            keep: newest checkpoints that are kept.
+            keep: newest checkpoints that are kept, damaged ones not counted.
         """
         self.folder = folder
         self._keep = keep
+        self._whole: dict[PolicyVersion, _Stamp] = {}
+        """Those whose bytes were seen to be whole, as they were then."""
 
     def save(
         self,
@@ -116,31 +130,23 @@ class CheckpointStore:
 
         Args:
             state: beside the tensors.
-            kinds: (kind, its tensors) one after another; a kind is held in memory while it is written.
+            kinds: (kind, its tensors) one after another; one tensor is held in memory at a time.
             apart: how to do what needs no more tensors and may take long.
 
         Raises:
-            WeightsError: there is one of this version.
+            WeightsError: there is one of this version; or it cannot be written, which leaves the others as they were.
         """
         final, temporary = self.folder / state.version, self.folder / f".{state.version}"
         if final.exists():
             raise WeightsError(f"{final} is there already and never rewritten")
-        remove_leftovers(self.folder)
-        temporary.mkdir(parents=True)
+        with self._told(final, temporary):
+            make_folder(self.folder)
+            remove_leftovers(self.folder)
+            temporary.mkdir()
         for kind, tensors in kinds:
-            apart(partial(write_tensors, temporary / file_of(kind), list(tensors)))
+            self._write(final, temporary, kind, tensors)
         apart(partial(self._publish, state, temporary, final))
         return final
-
-    def _publish(self, state: TrainingState, temporary: Path, final: Path) -> None:
-        files = sorted(temporary.iterdir())
-        manifest = {"state": asdict(state), "hashes": {f.name: hash_file(f) for f in files}}
-        (temporary / MANIFEST_FILE).write_text(json.dumps(manifest))
-        for path in [*files, temporary / MANIFEST_FILE, temporary]:
-            _sync(path)
-        temporary.rename(final)
-        _sync(self.folder)
-        self._remove_old()
 
     def newest(self, passed_over: Callable[[WeightsError], None]) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None.
@@ -150,23 +156,87 @@ class CheckpointStore:
         """
         for version in reversed(self.versions()):
             try:
-                found = Checkpoint.read(self.folder / str(version))
-                found.verify()
+                return self.at(version)
             except WeightsError as error:
                 passed_over(error)
-                continue
-            return found
         return None
 
+    def at(self, version: PolicyVersion) -> Checkpoint:
+        """The checkpoint of a version.
+
+        Raises:
+            WeightsError: it is missing or damaged.
+        """
+        found = Checkpoint.read(self.folder / str(version))
+        found.verify()
+        return found
+
     def versions(self) -> list[PolicyVersion]:
-        """Of all checkpoints, oldest first."""
+        """Of all checkpoints, damaged ones too, oldest first."""
         return versions_in(self.folder) if self.folder.is_dir() else []
 
+    def _write(
+        self, final: Path, temporary: Path, kind: str, tensors: Iterable[NamedTensor]
+    ) -> None:
+        with self._told(final, temporary):
+            writer = TensorFileWriter(temporary / file_of(kind))
+        with writer:
+            # what goes wrong while a tensor is gathered is not the disk's fault
+            for tensor in tensors:
+                with self._told(final, temporary):
+                    writer.add(tensor.name, tensor.info, [tensor.data])
+            with self._told(final, temporary):
+                writer.close()
+
+    def _publish(self, state: TrainingState, temporary: Path, final: Path) -> None:
+        with self._told(final, temporary):
+            files = sorted(temporary.iterdir())
+            with ThreadPoolExecutor(max(1, len(files)), thread_name_prefix="hash") as pool:
+                hashes = dict(zip((f.name for f in files), pool.map(hash_file, files), strict=True))
+            manifest: dict[str, Any] = {"state": asdict(state), "hashes": hashes}
+            manifest["digest"] = _digest(manifest)
+            (temporary / MANIFEST_FILE).write_text(json.dumps(manifest))
+            publish_folder(temporary, final)
+        self._whole[state.policy_version] = _stamp(final)
+        self._remove_old()
+
     def _remove_old(self) -> None:
-        for version in self.versions()[: -self._keep]:
-            hidden = self.folder / f".old-{version}"
-            (self.folder / str(version)).rename(hidden)
-            shutil.rmtree(hidden)
+        """Remove what is older than the newest `keep` that are whole."""
+        num_whole = 0
+        for version in reversed(self.versions()):
+            if num_whole >= self._keep:
+                hidden = self.folder / f".old-{version}"
+                (self.folder / str(version)).rename(hidden)
+                shutil.rmtree(hidden)
+                self._whole.pop(version, None)
+            elif self._is_whole(version):
+                num_whole += 1
+
+    def _is_whole(self, version: PolicyVersion) -> bool:
+        """Whether a checkpoint is whole; read again only if something touched it since it was seen to be."""
+        try:
+            stamp = _stamp(self.folder / str(version))
+            if self._whole.get(version) != stamp:
+                self.at(version)
+                self._whole[version] = stamp
+        except (WeightsError, OSError):
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _told(self, final: Path, temporary: Path) -> Iterator[None]:
+        """Have a checkpoint that cannot be written leave nothing of itself, and say what that means."""
+        try:
+            yield
+        except OSError as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            before = self.versions()
+            kept = f"{before[-1]} is the newest there is" if before else "there is none yet"
+            raise WeightsError(
+                f"checkpoint {final} cannot be written: {error.strerror or error}; nothing of it is left, {kept}; "
+                "make room there (a checkpoint takes 12 bytes a parameter; checkpoint.keep says how many stay), "
+                "then go on with the run"
+            ) from error
 
 
 def file_of(kind: str) -> str:
@@ -183,10 +253,24 @@ def hash_file(file: Path) -> str:
     return found.hexdigest()
 
 
-def _sync(path: Path) -> None:
-    """Have a file's or a folder's contents on disk before going on."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _try_hash(file: Path) -> str | OSError:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return hash_file(file)
+    except OSError as error:
+        return error
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Of the rest of a manifest."""
+    text = json.dumps(manifest, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+_Stamp = tuple[tuple[str, int, int, int], ...]
+"""Name, inode, size and time of change of every file of a checkpoint."""
+
+
+def _stamp(folder: Path) -> _Stamp:
+    files = sorted(folder.iterdir())
+    stats = [(file.name, file.stat()) for file in files]
+    return tuple((name, s.st_ino, s.st_size, s.st_ctime_ns) for name, s in stats)
