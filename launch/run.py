@@ -1,6 +1,7 @@
-"""`python launch/run.py [config=NAME|FILE] [key=value ...] [--dry-run]`: train.
+"""`python launch/run.py [config=NAME|FILE] [key=value ...] [--dry-run [--gpu-gib=80]]`: train.
 
-`--help` lists every key. Nothing heavy is imported before the command line has been checked.
+`--help` lists every key. Nothing heavy is imported before the command line has been checked. A dry run prints the plan and what it
+needs of memory; of the model it needs config.json alone, and neither a GPU nor the network.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from treepo_async.cluster.plan import Plan
 
 EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_STOPPED = 1, 2, 130
+FLAGS = DRY_RUN, GPU_GIB = "--dry-run", "--gpu-gib="
 
 
 def main(words: list[str]) -> int:
@@ -34,8 +36,11 @@ def main(words: list[str]) -> int:
         print(describe())
         return 0
     try:
-        config = parse_resumed([word for word in words if word != "--dry-run"])
-        return train(config, dry_run="--dry-run" in words)
+        config = parse_resumed([word for word in words if not word.startswith(FLAGS)])
+        if DRY_RUN in words:
+            return plan_only(config, words)
+        _refuse_gpu_gib(words)
+        return train(config)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
@@ -44,7 +49,24 @@ def main(words: list[str]) -> int:
         return EXIT_STOPPED
 
 
-def train(config: Config, *, dry_run: bool) -> int:
+def _refuse_gpu_gib(words: list[str]) -> None:
+    if any(word.startswith(GPU_GIB) for word in words):
+        raise ConfigError(f"{GPU_GIB}... is for {DRY_RUN}; leave it out, or add {DRY_RUN}")
+
+
+def plan_only(config: Config, words: list[str]) -> int:
+    """Print the plan, what it needs of memory, and warnings. Gives the exit code."""
+    from treepo_async.cluster.dry_run import dry_run
+    from treepo_async.cluster.forecast import parse_gpu_gib
+
+    asked = [word.removeprefix(GPU_GIB) for word in words if word.startswith(GPU_GIB)]
+    gpu_gib = parse_gpu_gib(asked[-1]) if asked else None
+    with progress_bar("warm start of the tiny model") as report:
+        print(dry_run(config, gpu_gib=gpu_gib, report=report))
+    return 0
+
+
+def train(config: Config) -> int:
     """Prepare and print the plan, then carry it out. Gives the exit code."""
     from treepo_async.cluster.plan import describe as describe_plan
     from treepo_async.cluster.plan import make_plan
@@ -64,23 +86,16 @@ def train(config: Config, *, dry_run: bool) -> int:
     model = read_model_config(model_dir)
     prompt = try_inputs(config, model_dir, model)
     run_dir = choose_run_dir(config.run_dir)
-
-    def planned(lineage: int) -> "Plan":
+    with held(run_dir):
+        # a killed driver's processes may still write into the folder
+        reap_killed_runs(Path(config.cache_dir) / "running")
+        lineage = take_lineage(run_dir)
         version = find_resume_version(run_dir, config.steps)
         step = None if version is None else version.step
         plan = make_plan(
             config, run_dir=run_dir, model_dir=model_dir, lineage=lineage, resume_step=step
         )
         print(describe_plan(config, plan, prompt), flush=True)
-        return plan
-
-    if dry_run:
-        planned(lineage=0)
-        return 0
-    with held(run_dir):
-        # a killed driver's processes may still write into the folder
-        reap_killed_runs(Path(config.cache_dir) / "running")
-        plan = planned(take_lineage(run_dir))
         clear_for_resume(run_dir, plan.resume_step)
         make_run_dir(run_dir, config, model)
         return carry_out(config, plan)

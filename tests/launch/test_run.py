@@ -85,6 +85,34 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(inputs, tmp_path):
     assert not run_dir.exists()
 
 
+def test_a_dry_run_for_gpus_says_what_they_must_hold_and_imports_neither_torch_nor_ray(inputs):
+    code = (
+        "import sys; sys.path.insert(0, '.'); from launch.run import main; code = main(sys.argv[1:]);"
+        "heavy = {'torch', 'ray', 'sglang', 'megatron', 'transformers'} & set(sys.modules);"
+        "print('heavy:', sorted(heavy), 'code:', code)"
+    )
+    done = launched(*inputs, "learner=tp2pp2", "--dry-run", "--gpu-gib=24", code=code)
+    *text, last = done.stdout.splitlines()
+    assert last == "heavy: [] code: 0", done.stderr
+    assert any("estimate in GiB for GPUs of 24 GiB" in line for line in text)
+    assert any("5 GPUs: 4 for ranks, 1 for engines" in line for line in text)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--dry-run", "--gpu-gib=much"], "--gpu-gib=much is no memory of a GPU in GiB"),
+        (["--gpu-gib=80"], "--gpu-gib=... is for --dry-run"),
+        (["--dry-run", "learner=tp3"], "not a multiple of the learner's tp=3"),
+    ],
+)
+def test_a_dry_run_that_makes_no_sense_ends_with_2(inputs, words, reason):
+    done = launched(*inputs, *words)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert done.stdout == ""
+
+
 def test_a_folder_that_holds_a_run_is_not_written_to_where_it_shall_not_be_resumed(
     inputs, tmp_path
 ):

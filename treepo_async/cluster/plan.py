@@ -94,8 +94,8 @@ def sizes(config: Config) -> tuple[int, int]:
     return (1, 1) if config.eval.every else (0, 0)
 
 
-def describe(config: Config, plan: Plan, prompt: Prompt) -> str:
-    """The plan as text, with one prompt as the engine will get it."""
+def describe(config: Config, plan: Plan, prompt: Prompt | str) -> str:
+    """The plan as text, with one prompt as the engine will get it, or what is said in its place."""
     kinds: dict[str, int] = {}
     for role in plan.roles:
         kinds[role.module] = kinds.get(role.module, 0) + 1
@@ -104,7 +104,7 @@ def describe(config: Config, plan: Plan, prompt: Prompt) -> str:
         ("run", f"{plan.run_dir} (seed {config.seed}{resumed})"),
         ("model", f"{config.model.path} at {plan.model_dir}"),
         ("data", _data(config)),
-        ("prompt", f"{_short(prompt.text)!r} ({len(prompt.token_ids)} tokens), e.g. {prompt.id}"),
+        ("prompt", _prompt(prompt)),
         ("tree", _tree(config)),
         ("batch", _batch(config)),
         (
@@ -114,6 +114,12 @@ def describe(config: Config, plan: Plan, prompt: Prompt) -> str:
         ("roles", ", ".join(f"{n} {kind}" for kind, n in kinds.items())),
     ]
     return "\n".join(f"  {name:<8} {text}" for name, text in lines)
+
+
+def _prompt(prompt: Prompt | str) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return f"{shorten(prompt.text)!r} ({len(prompt.token_ids)} tokens), e.g. {prompt.id}"
 
 
 def _data(config: Config) -> str:
@@ -145,5 +151,6 @@ def _batch(config: Config) -> str:
     )
 
 
-def _short(text: str) -> str:
+def shorten(text: str) -> str:
+    """A text that fits on a line."""
     return text if len(text) <= PROMPT_CHARACTERS else text[: PROMPT_CHARACTERS - 3] + "..."
