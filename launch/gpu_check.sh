@@ -10,7 +10,8 @@
 # memory: its peak memory and speed up to 64k tokens; memory must grow with the tokens, not with their square.
 # learner: tree-packed against flat training of the same trees, at the size of Qwen2.5-0.5B and 1.5B, random weights.
 #
-# Everything goes to the folder $OUT (gpu_check): check.txt, JSON files of the first two parts, and a folder for each learner.
+# Everything goes to the folder $OUT (gpu_check): check.txt, JSON files of the first two parts, and a folder for each learner,
+# numbered from the second time.
 # Exit codes: 0, 1 a part failed (the others run all the same), 2 wrong words, or no CUDA and no --cpu.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -49,10 +50,12 @@ part() {
   printf '== %s %s in %d s\n' "$name" "$outcome" "$((SECONDS - began))"
 }
 
+# learner SHAPE KEY=VALUE...: into a folder that is not there yet, as in another one the rounds it has would not be repeated
 learner() {
-  local shape=$1
+  local shape=$1 folder=$out/learner-$1 number=1
   shift
-  part "learner $shape" "$python" launch/bench.py learner "shape=$shape" "out=$out/learner-$shape" "$@"
+  while [[ -e $folder ]]; do folder=$out/learner-$shape-$((++number)); done
+  part "learner $shape" "$python" launch/bench.py learner "shape=$shape" "out=$folder" "$@"
 }
 
 run_parts() {

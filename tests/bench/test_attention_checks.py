@@ -1,12 +1,20 @@
 """The checks of tree attention: what they pass and, above all, what they do not."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from treepo_async.bench import attention
-from treepo_async.bench.attention_checks import Heads, Memory, exactness, grows_linearly
+from treepo_async.bench.attention_checks import (
+    Heads,
+    Memory,
+    exactness,
+    grows_linearly,
+    memory,
+)
+from treepo_async.bench.forests import regular_end
 from treepo_async.learner.attention.dense import DensePlan
 from treepo_async.learner.attention.plan import planner
 
@@ -40,8 +48,51 @@ def measured(tokens, bytes_per_token):
 
 def test_memory_may_grow_with_the_tokens_and_not_with_their_square():
     sizes = (2048, 4096, 16384, 65536)
-    assert grows_linearly([measured(n, 1000 + 1e6 / n) for n in sizes])
-    assert not grows_linearly([measured(n, 1000 + n) for n in sizes])
+    assert grows_linearly([measured(n, 1000 + 1e6 / n) for n in sizes], 4000)
+    assert not grows_linearly([measured(n, 1000 + n) for n in sizes], 4000)
+    # the first is not judged
+    assert not grows_linearly([measured(n, 1000 + 1e8 / n) for n in sizes][::-1], 4000)
+    assert grows_linearly([measured(2048, 1), *(measured(n, 1000) for n in sizes[1:])], 4000)
+
+
+def test_what_was_not_judged_has_not_passed():
+    rows = [measured(n, 1000.0) for n in (2048, 4096, 16384)]
+    assert grows_linearly(rows, 4096)
+    assert not grows_linearly(rows, 16384)
+    assert not grows_linearly(rows, 20000)
+    assert not grows_linearly([replace(row, bytes_per_token=0.0) for row in rows], 4096)
+
+
+@pytest.mark.parametrize(("backend", "is_linear"), [("cascade", True), ("dense", False)])
+def test_the_memory_of_the_cascade_grows_with_the_tokens_and_that_of_dense_does_not(
+    backend, is_linear
+):
+    rows = list(
+        memory(
+            planner(backend),
+            align=1,
+            device="cpu",
+            heads=Heads(4, 2, 16),
+            dtype=torch.float32,
+            tokens=(1024, 2048, 4096) if is_linear else (1024, 2048),
+        )
+    )
+    assert grows_linearly(rows, 900) is is_linear
+
+
+def test_pairs_are_counted_on_the_tokens_that_are_left_of_the_tree():
+    (row,) = memory(
+        planner("dense"),
+        align=128,
+        device="cpu",
+        heads=Heads(2, 1, 4),
+        dtype=torch.float32,
+        tokens=(512,),
+    )
+    whole = regular_end(prompt=22, segment=11, depth=7, forks=(0, 2, 4, 6))
+    assert (row.tokens, len(whole)) == (384, 506)
+    visible = sum(min(int(end), 384) - place for place, end in enumerate(whole[:384]))
+    assert row.pairs == visible
 
 
 @pytest.mark.parametrize(
@@ -59,7 +110,8 @@ def test_wrong_words_end_with_2_and_their_name(words, message, capsys):
 
 
 def test_a_part_writes_its_rows_and_says_that_it_passed(tmp_path, capsys):
-    assert attention.main(["memory", "size=small", "backend=dense", f"out={tmp_path}"]) == 0
+    words = ["size=small", "backend=cascade", f"out={tmp_path}"]
+    assert attention.main(["memory", *words]) == 0
     written = json.loads((tmp_path / "attention_memory.json").read_text())
-    assert (written["backend"], written["passed"], len(written["rows"])) == ("dense", True, 3)
+    assert (written["backend"], written["passed"], len(written["rows"])) == ("cascade", True, 3)
     assert capsys.readouterr().out.endswith("memory: passed, 3 rows\n")

@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 
 from treepo_async.bench.learner_cells import Way, parse
+from treepo_async.bench.learner_samples import Origin
 from treepo_async.bench.learner_shapes import SHAPES, find_shape
+from treepo_async.bench.learner_trees import trees_of
 from treepo_async.errors import ConfigError
+from treepo_async.wire.tree_line import encode_line
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["shape=2x64", "width=4", "depth=3", "segment=4", "prompt=5"]
+ORIGIN = Origin("c0de", "cpu")
 
 MEASURE = """
 import sys
@@ -73,6 +77,16 @@ def test_a_sweep_needs_little_writes_its_files_and_is_not_repeated(tmp_path):
     assert "round" not in again.stdout
     assert len((tmp_path / "samples.csv").read_text().splitlines()) == 11
 
+    # as if other code had measured them
+    text = (tmp_path / "samples.csv").read_text().replace(rows[0]["code"], "0123456789ab")
+    (tmp_path / "samples.csv").write_text(text)
+    other = measured(*words, "branching=late", "rounds=1")
+    assert other.returncode == 0, other.stderr
+    assert "not counted, of other code or another device: 10 samples" in other.stdout
+    assert other.stdout.count("round 1") == 1
+    assert len((tmp_path / "samples.csv").read_text().splitlines()) == 13
+    assert len((tmp_path / "cells.csv").read_text().splitlines()) == 2
+
 
 @pytest.mark.engine
 @pytest.mark.usefixtures("groups")
@@ -85,13 +99,15 @@ def test_every_way_trains_the_same_trajectories_and_no_way_changes_the_weights()
     jobs = jobs_of(cell, learner.shape)
     assert list(jobs) == [Way.TREE, Way.FLAT, Way.PADDED]
     warmed = warm_up(learner, jobs, cell.dtype)
-    found = {sample.way: sample for sample in measure(learner, cell, jobs, warmed, 1)}
+    found = {sample.way: sample for sample in measure(learner, cell, jobs, warmed, 1, ORIGIN)}
     assert len({sample.trajectories for sample in found.values()}) == 1
     assert found[Way.TREE].tokens < found[Way.FLAT].tokens < found[Way.PADDED].tokens
     assert found[Way.FLAT].trained == found[Way.PADDED].trained
     tree, flat = found[Way.TREE], found[Way.FLAT]
     assert tree.flops < flat.flops
     assert tree.gradient_norm == pytest.approx(flat.gradient_norm, rel=1e-4)
+    assert 0 < tree.gradient_gap < 1e-4
+    assert flat.gradient_gap == found[Way.PADDED].gradient_gap == 0
     assert all(sample.wall_s > 0 and sample.peak_bytes > 0 for sample in found.values())
     for weight, old in zip(learner.model.parameters(), before, strict=True):
         assert (weight == old).all()
@@ -106,10 +122,51 @@ def test_ways_that_give_different_gradients_are_refused():
     learner = build(cell)
     jobs = jobs_of(cell, learner.shape)
     share = jobs[Way.FLAT].share
-    halved = replace(share, weights=tuple(values / 2 for values in share.weights))
-    jobs[Way.FLAT] = replace(jobs[Way.FLAT], share=halved)
-    with pytest.raises(DifferentGradientError, match="they must be the same"):
+    # a gradient of the same norm
+    mirrored = replace(share, weights=tuple(-values for values in share.weights))
+    jobs[Way.FLAT] = replace(jobs[Way.FLAT], share=mirrored)
+    with pytest.raises(DifferentGradientError, match="differs from that of flat packing by 2 of"):
         warm_up(learner, jobs, cell.dtype)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("groups")
+def test_generators_are_seeded_before_the_model_is_built(monkeypatch):
+    """On CUDA Megatron draws weights from a generator that only seeding makes."""
+    import torch
+
+    from treepo_async.bench.learner_run import build
+    from treepo_async.learner import build as module
+
+    seeds = []
+
+    def noted(*args):
+        seeds.append(torch.initial_seed())
+        return build_model(*args)
+
+    build_model = module.build_model
+    monkeypatch.setattr(module, "build_model", noted)
+    (cell,) = parse([*SMALL, "branching=late", "attention=cascade"]).cells
+    torch.manual_seed(123)
+    build(cell)
+    assert seeds == [0]
+
+
+@pytest.mark.parametrize(("prompts", "is_padded"), [((5, 5), False), ((5, 9), True)])
+def test_padding_is_measured_where_prompts_alone_differ_in_length(prompts, is_padded, tmp_path):
+    from treepo_async.bench.learner_run import jobs_of
+
+    (cell,) = parse([*SMALL, "branching=late", "attention=cascade", "prompts=2"]).cells
+    shape = find_shape(cell.shape)
+    trees = [
+        tree
+        for seed, prompt in enumerate(prompts)
+        for tree in trees_of(replace(cell, prompt=prompt, prompts=seed + 1), shape.vocab_size)[-1:]
+    ]
+    file = tmp_path / "trees.jsonl"
+    file.write_bytes(b"\n".join(map(encode_line, trees)))
+    of_file = parse([f"trees={file}", "shape=2x64", "prompts=2", "attention=cascade"]).cells[0]
+    assert (Way.PADDED in jobs_of(of_file, shape)) is is_padded
 
 
 def test_a_shape_is_a_name_or_layers_by_hidden_size():

@@ -13,17 +13,20 @@ from treepo_async.bench.learner_report import (
     write_cells,
     write_table,
 )
-from treepo_async.bench.learner_samples import LearnerSample
+from treepo_async.bench.learner_samples import LearnerSample, Origin
 from treepo_async.errors import DataError
 
 (CELL,) = parse(["branching=late", "width=8"]).cells
 (OTHER,) = parse(["branching=early", "width=8"]).cells
+ORIGIN = Origin("c0de", "cpu")
 
 
 def sample(way, number=1, wall_s=1.0, cell=CELL, **changes):
     tree = way is Way.TREE
     found = LearnerSample(
         cell=cell,
+        code=ORIGIN.code,
+        device=ORIGIN.device,
         way=way,
         round=number,
         place=1 if tree else 2,
@@ -40,6 +43,7 @@ def sample(way, number=1, wall_s=1.0, cell=CELL, **changes):
         cpu_s=wall_s / 2,
         peak_bytes=2**20 if tree else 3 * 2**20,
         gradient_norm=1.0,
+        gradient_gap=0.25 if tree else 0.0,
     )
     return replace(found, **changes)
 
@@ -60,6 +64,12 @@ def test_what_was_appended_is_read(tmp_path):
     samples.append(file, three_rounds()[:2])
     samples.append(file, three_rounds()[2:])
     assert samples.read(file) == three_rounds()
+
+
+def test_samples_of_other_code_or_another_device_are_not_counted():
+    mine = sample(Way.TREE)
+    others = [replace(mine, code="0ther"), replace(mine, device="NVIDIA H100")]
+    assert ORIGIN.of([others[0], mine, others[1]]) == [mine]
 
 
 def cut_off(text):
@@ -89,7 +99,7 @@ def test_time_ratios_are_medians_of_the_rounds_and_not_ratios_of_medians():
     assert summary.share_of_flop_ratio == 1.0
     assert summary.token_ratio == 3.0
     assert summary.expected_ratio == 2.5
-    assert summary.gradient_gap == 0.0
+    assert summary.gradient_gap == 0.25
 
 
 def test_cells_are_summed_up_apart():

@@ -28,7 +28,7 @@ T = 64
 LAYOUTS = ("tp1", "tp2", "pp2", "tp2pp2", "tp4")
 SAVED = [
     (layout, dtype, recompute)
-    for layout in ("tp1", "tp2", "pp2")
+    for layout in ("tp1", "tp2", "pp2", "tp4")
     for dtype in ("float32", "bfloat16")
     for recompute in ("none", "selective", "full")
 ]
@@ -39,7 +39,8 @@ def shape_of(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "number"), [("Qwen2.5-7B", 7_615_616_512), ("Qwen2.5-0.5B-Instruct", 494_032_768)]
+    ("name", "number"),
+    [("Qwen/Qwen2.5-7B", 7_615_616_512), ("Qwen/Qwen2.5-0.5B-Instruct", 494_032_768)],
 )
 def test_the_shipped_models_have_their_known_numbers_of_parameters(name, number):
     assert model_parameters(shape_of(name)) == number
@@ -103,8 +104,20 @@ def test_a_rank_holds_18_bytes_a_parameter_in_bfloat16_and_16_in_float32():
         assert (rank.weights, rank.gradients, rank.optimizer) == tuple(number * n for n in each)
         assert rank.reference == 0
         assert RankMemory.of(QWEN2, replace(work, with_reference=True), 0).reference == rank.weights
-        parts = (rank.weights, rank.gradients, rank.optimizer, rank.activations, rank.working)
-        assert rank.total == sum(parts)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "on_gpu", "peak_is_update"), [(8, True, True), (T, True, False), (8, False, False)]
+)
+def test_the_peak_is_that_of_a_microbatch_or_on_a_gpu_that_of_the_update(
+    tokens, on_gpu, peak_is_update
+):
+    rank = RankMemory.of(QWEN2, Work(Layout(), "bfloat16", tokens, "none", 16, on_gpu=on_gpu), 0)
+    held = rank.weights + rank.gradients + rank.optimizer
+    passing = rank.activations + rank.working
+    assert rank.update == (4 * rank.num_parameters if on_gpu else 0)
+    assert rank.total == held + (rank.update if peak_is_update else passing)
+    assert (rank.update > passing) is peak_is_update
 
 
 def test_earlier_stages_keep_the_activations_of_more_microbatches():
@@ -129,7 +142,7 @@ def test_recompute_sequence_parallelism_and_smaller_chunks_save_memory():
 
 def test_an_engine_of_7b_keeps_56_kib_a_token():
     engine = EngineMemory.of(
-        shape_of("Qwen2.5-7B"),
+        shape_of("Qwen/Qwen2.5-7B"),
         dtype="bfloat16",
         prefill_chunk_tokens=8192,
         device_bytes=80 * GIB,
@@ -208,7 +221,7 @@ def saved_by(model, stage, shape, dtype):
             input_ids=torch.from_numpy(np.arange(T) % shape.vocab_size)[None],
             position_ids=torch.arange(T)[None],
             attention_mask=torch.full((1, 1, 1, T), T, dtype=torch.int32),
-            edges=every_token(),
+            edges=every_token() if parallel_state.is_pipeline_last_stage() else None,
         )
     return sum(size for size, _ in seen.values())
 
@@ -263,7 +276,7 @@ def test_the_estimate_of_activations_is_within_5_percent_of_what_autograd_saves(
     measured, text, dtype, recompute
 ):
     layout = Layout.parse(text)
-    work = Work(layout, dtype, T, recompute, 16, dense_mask=True, fused_norm=False)
+    work = Work(layout, dtype, T, recompute, 16, dense_mask=True, on_gpu=False)
     for stage in range(layout.pp):
         found = measured[f"{text}-{stage}-0"][f"saved {dtype} {recompute}"]
         assert saved_of_stage(QWEN2, work, stage) == pytest.approx(found, rel=0.05)

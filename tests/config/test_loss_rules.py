@@ -201,4 +201,4 @@ def test_values_are_corrected_for_the_estimators_that_take_it(estimator):
     ],
 )
 def test_a_pass_at_the_start_of_a_batch_is_made_where_something_reads_it(keys, needs):
-    assert needs_proximal(parse(words_of(**keys)).learner) == needs
+    assert needs_proximal(parse(words_of(**keys))) == needs

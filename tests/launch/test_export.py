@@ -1,6 +1,7 @@
 """`launch/export.py` on run folders as a run leaves them, judged by transformers and by SGLang."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def logits_of(model):
         return model(torch.tensor([IDS])).logits
 
 
-def damage(run, version, file="exp_avg.safetensors"):
+def damage(run, version, file="weights.safetensors"):
     path = run / "checkpoints" / version / file
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -128,13 +129,44 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_exported(
     assert main([str(run), f"hf={tmp_path / 'out'}"]) == 0
     said = capsys.readouterr()
     assert said.err.startswith("passed over: ")
-    assert "0.20/exp_avg.safetensors is damaged" in said.err
+    assert "0.20/weights.safetensors is damaged" in said.err
     assert "policy version 0.10" in said.out
     assert torch.equal(logits(tmp_path / "out"), logits_of(models[10]))
 
 
+def test_damaged_moments_are_not_looked_at(run, models, tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    damage(run, "0.20", "exp_avg.safetensors")
+    assert main([str(run), f"hf={tmp_path / 'out'}"]) == 0
+    assert capsys.readouterr().err == ""
+    assert torch.equal(logits(tmp_path / "out"), logits_of(models[20]))
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is copied"])
+def test_a_checkpoint_that_the_run_removes_meanwhile_makes_way_for_the_next_newest(
+    run, models, tmp_path, capsys, monkeypatch, moment
+):
+    torch = pytest.importorskip("torch")
+    from treepo_async.cluster import export as module
+
+    name = "_check_model" if moment == "before it is opened" else "export"
+    work = getattr(module, name)
+
+    def removed_before(checkpoint, *words, **keys):
+        if checkpoint.folder.name == "0.20":
+            shutil.rmtree(checkpoint.folder)
+        return work(checkpoint, *words, **keys)
+
+    monkeypatch.setattr(module, name, removed_before)
+    assert main([str(run), f"hf={tmp_path / 'out'}"]) == 0
+    assert "0.20 was removed while it was read" in capsys.readouterr().err
+    assert torch.equal(logits(tmp_path / "out"), logits_of(models[10]))
+    assert main([str(run), f"hf={tmp_path / 'other'}", "step=20"]) == 2
+    assert "has checkpoints of steps 10" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_that_was_asked_for_is_an_error(run, tmp_path, capsys):
-    damage(run, "0.20", "weights.safetensors")
+    damage(run, "0.20")
     assert main([str(run), f"hf={tmp_path / 'out'}", "step=20"]) == 1
     assert "0.20/weights.safetensors is damaged" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -255,5 +287,10 @@ async def test_sglang_opens_it_and_has_the_log_probs_of_the_exported_weights(run
 
 
 def test_the_config_says_float32_whatever_the_first_model_was_stored_in(run, tmp_path):
+    config_file = tmp_path / "initial" / "config.json"
+    config = json.loads(config_file.read_text()) | {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    config_file.write_text(json.dumps(config))
     assert main([str(run), f"hf={tmp_path / 'out'}"]) == 0
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["dtype"] == "float32"
+    assert "torch_dtype" not in written

@@ -59,7 +59,12 @@ def test_the_rehearsal_measures_a_learner(tmp_path):
     done = launched("--cpu", "learner", out=tmp_path)
     assert done.returncode == 0, done.stdout
     assert "== learner cpu passed" in done.stdout
-    assert (tmp_path / "learner-cpu" / "samples.csv").is_file()
+    first = (tmp_path / "learner-cpu" / "samples.csv").read_bytes()
+    again = launched("--cpu", "learner", out=tmp_path)
+    assert again.returncode == 0, again.stdout
+    assert again.stdout.count("round 1") == 1
+    assert (tmp_path / "learner-cpu-2" / "samples.csv").is_file()
+    assert (tmp_path / "learner-cpu" / "samples.csv").read_bytes() == first
 
 
 def test_what_attention_is_checked_with_needs_torch_and_numpy_alone():

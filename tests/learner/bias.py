@@ -121,7 +121,7 @@ class Problem:
         tree = tree_of(behavior)
         piece = Piece(0, tuple(range(len(RESPONSES))))
         (batch,) = pack([tree], [advantages.numpy()], [weights.numpy()], [[piece]])
-        proximal = [before] if settings.proximal == "recomputed" else ()
+        proximal = [before] if settings.proximal == "recomputed" else None
         edges = Edges.of(
             batch,
             torch.device("cpu"),

@@ -69,8 +69,6 @@ def edges_of(
         path_slot=path_slot,
         path_positive=path_positive,
         path_negative=path_negative,
-        trajectory_positive=torch.zeros(len(paths)),
-        trajectory_negative=torch.zeros(len(paths)),
     )
 
 

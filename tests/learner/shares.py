@@ -5,15 +5,15 @@ from treepo_async.learner.packing.divide import divide
 from treepo_async.learner.packing.share import Share
 
 
-def batch_of(trees, advantages, *, proximal=(), reference=(), normalizer="token_mean"):
+def batch_of(trees, advantages, *, proximal=None, reference=None, normalizer="token_mean"):
     """All trees of one update."""
-    weights = loss_weights(trees, advantages, normalizer, response_limit=100)
+    weights = loss_weights(trees, advantages, normalizer)
     return Share(
         trees=tuple(trees),
         advantages=tuple(advantages),
         weights=tuple(weights),
-        proximal=tuple(map(tuple, proximal)),
-        reference=tuple(map(tuple, reference)),
+        proximal=None if proximal is None else tuple(map(tuple, proximal)),
+        reference=None if reference is None else tuple(map(tuple, reference)),
     )
 
 

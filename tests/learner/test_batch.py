@@ -37,6 +37,9 @@ class RecordingTeam:
         self.calls.append("reference" if of_reference else "proximal")
         return [self.logprobs_of(tree, of_reference) for tree in batch.trees]
 
+    def keep_waiting(self, work):
+        return work()
+
     @staticmethod
     def logprobs_of(tree, of_reference=False):
         rng = np.random.default_rng(tree.num_tokens + of_reference)
@@ -63,7 +66,7 @@ def test_by_default_a_batch_is_one_update_without_a_pass_before():
     assert team.calls == ["train"]
     (share,) = team.shares
     assert share.trees == tuple(batch)
-    assert (share.proximal, share.reference, share.bounds) == ((), (), Bounds())
+    assert (share.proximal, share.reference, share.bounds) == (None, None, Bounds())
     assert result.logprob_gap_max == 0.25
 
 
@@ -86,7 +89,7 @@ def test_advantages_are_whitened_over_the_batch_and_normalized_over_each_update(
     team, _ = train(batch, num_minibatches=2, normalizer="sequence_mean")
     advantages = batch_advantages(batch, "treepo", whitened=True)
     for share, part in zip(team.shares, (slice(0, 2), slice(2, 5)), strict=True):
-        weights = loss_weights(batch[part], advantages[part], "sequence_mean", response_limit=0)
+        weights = loss_weights(batch[part], advantages[part], "sequence_mean")
         for found, expected in zip(share.advantages, advantages[part], strict=True):
             np.testing.assert_array_equal(found, expected)
         for found, expected in zip(share.weights, weights, strict=True):
@@ -154,11 +157,35 @@ def test_a_batch_has_no_more_updates_than_trees():
         (["learner.proximal=recomputed"], {"needs_proximal": True}),
         (["model.dtype=bfloat16"], {"correct_fresh": True}),
         (["model.dtype=bfloat16", "learner.correct_fresh=false"], {"correct_fresh": False}),
+        (["learner.normalizer=dr_grpo"], {"normalizer": "dr_grpo"}),
+        (
+            ["learner.estimator=grpo", "learner.leave_one_out=true", "learner.whiten=false"],
+            {"estimator": "grpo", "leave_one_out": True, "whiten": False},
+        ),
+        (["learner.path_weights=unbiased"], {"path_weights": "unbiased"}),
+        (
+            ["learner.loss=dppo", "learner.correction=none", "learner.minibatches=2"],
+            {"num_minibatches": 2, "needs_proximal": True},
+        ),
+        (
+            [
+                "learner.loss=dppo",
+                "learner.correction=none",
+                "learner.minibatches=2",
+                "learner.correct_fresh=true",
+            ],
+            {"num_minibatches": 2, "correct_fresh": True},
+        ),
     ],
 )
 def test_the_config_says_which_passes_a_batch_takes(words, expected):
     rules = batch_rules(parse(words))
     plain = {
+        "estimator": "treepo",
+        "leave_one_out": False,
+        "path_weights": "equal",
+        "whiten": True,
+        "normalizer": "token_mean",
         "num_minibatches": 1,
         "needs_proximal": False,
         "needs_reference": False,

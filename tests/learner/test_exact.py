@@ -20,7 +20,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("groups")]
 EXACT = 1e-10
 VERSION, TEMPERATURE = PolicyVersion(1, 5), 0.75
 BOOK = Textbook(
-    response_limit=100,
     dual_clip=1.5,
     kl_coef=0.1,
     entropy_coef=0.05,

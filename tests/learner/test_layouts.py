@@ -112,6 +112,7 @@ CASES = [
 BY_PIECE = (
     "num_microbatches",
     "num_trained_tokens",
+    "num_compared_tokens",
     "logprob_gap_mean",
     "clipped_share",
     "clipped",

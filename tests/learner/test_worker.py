@@ -58,9 +58,9 @@ DONE = StepResult(
     entropy=1.0,
     logprob_gap_mean=0.0,
     logprob_gap_max=0.0,
-    skipped=False,
+    num_skipped=0,
 )
-SKIPPED = replace(DONE, loss=float("nan"), skipped=True)
+SKIPPED = replace(DONE, loss=float("nan"), num_skipped=1)
 
 
 @dataclass
@@ -94,7 +94,7 @@ class FakeTeam:
         yield "model.weight", torch.full((2,), float(len(self.calls)) + (kind != WEIGHTS) / 2)
 
     def keep_waiting(self, work):
-        work()
+        return work()
 
     def score(self, sequences):
         return [np.zeros(len(s) - 1, np.float32) for s in sequences]
@@ -358,10 +358,11 @@ async def test_a_skipped_update_is_told_and_still_published(tmp_path, capsys):
     ]
 
 
-async def test_too_many_skipped_updates_in_a_row_end_the_run(tmp_path):
-    results = [SKIPPED, SKIPPED, DONE, *[SKIPPED] * MAX_SKIPPED]
+async def test_too_many_steps_in_a_row_without_an_update_end_the_run(tmp_path):
+    half = replace(SKIPPED, num_updates=2)
+    results = [SKIPPED, SKIPPED, half, *[SKIPPED] * MAX_SKIPPED]
     async with learning(tmp_path, results=results, num_steps=9) as it:
-        with pytest.raises(TreepoError, match=r"3 updates in a row .* lower learner\.lr"):
+        with pytest.raises(TreepoError, match=r"3 steps in a row .* lower learner\.lr"):
             await it.train()
         assert len(it.team.calls) == len(results)
 

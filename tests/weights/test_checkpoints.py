@@ -283,6 +283,68 @@ def test_a_disk_that_is_full_costs_the_checkpoint_alone_and_is_told_of(tmp_path)
     assert store.newest(unexpected).state.version == "0.20"
 
 
+def test_leftovers_that_cannot_be_removed_are_told_of_and_cost_no_checkpoint(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise OSError(errno.EBUSY, "in use", str(folder))
+
+    monkeypatch.setattr(module, "remove_leftovers", refuse)
+    told = []
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1, unremoved=told.append)
+    saved(store, "0.10")
+    assert [error.errno for error in told] == [errno.EBUSY]
+    assert store.newest(unexpected).state.version == "0.10"
+
+
+def test_what_could_not_be_removed_once_goes_with_the_next_save(tmp_path):
+    told = []
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1, unremoved=told.append)
+    saved(store, "0.10")
+    # a folder of this name is in the way of what 0.10 is renamed to
+    in_the_way = store.folder / ".old-0.10"
+
+    def blocked():
+        yield from tensors(1.0)
+        in_the_way.mkdir()
+        (in_the_way / "file").touch()
+
+    store.save(state("0.20"), [("weights", blocked())])
+    assert [error.errno for error in told] == [errno.ENOTEMPTY]
+    assert {entry.name for entry in store.folder.iterdir()} == {".old-0.10", "0.10", "0.20"}
+    saved(store, "0.30")
+    assert {entry.name for entry in store.folder.iterdir()} == {"0.30"}
+    assert len(told) == 1
+
+
+def test_the_kinds_that_are_asked_for_are_compared_and_no_others(store):
+    folder = saved(store, "0.10")
+    (folder / "exp_avg.safetensors").write_bytes(b"")
+    assert store.newest(unexpected, kinds=["weights"]).folder == folder
+    with pytest.raises(WeightsError, match=r"exp_avg\.safetensors is damaged"):
+        store.at(PolicyVersion(0, 10), kinds=["weights", "exp_avg"])
+    with pytest.raises(WeightsError, match=r"0\.10 has no other\.safetensors"):
+        store.at(PolicyVersion(0, 10), kinds=["other"])
+    (folder / "weights.safetensors").write_bytes(b"")
+    told = []
+    assert store.newest(told.append, kinds=["weights"]) is None
+    assert len(told) == 1
+
+
+def test_one_that_is_removed_while_it_is_read_makes_way_for_one_that_was_saved_meanwhile(
+    tmp_path, monkeypatch
+):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=1)
+    saved(store, "0.10")
+
+    def saves_meanwhile(folder):
+        if folder.name == "0.10":
+            saved(CheckpointStore(store.folder, keep=1), "0.20")
+        return read(folder)
+
+    read = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", saves_meanwhile)
+    assert CheckpointStore(store.folder, keep=1).newest(unexpected).state.version == "0.20"
+
+
 def test_what_goes_wrong_while_tensors_are_gathered_is_not_blamed_on_the_disk(store):
     def gathered():
         yield from tensors(1.0)

@@ -3,16 +3,17 @@
 Neighbours: `attention` is the command; `learner.attention.plan` has the backends. Needs torch and numpy alone.
 """
 
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from treepo_async.bench.forests import random_end, regular_end
+from treepo_async.bench.peak import peak_bytes
 from treepo_async.learner.attention.dense import DensePlan
 from treepo_async.learner.attention.plan import Plan, resolve
 
@@ -22,8 +23,6 @@ FLOOR = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Relative errors that are always allowed: dense attention may by chance be nearer."""
 GROWTH = 1.25
 """How many times faster than the tokens memory may grow; quadratic memory grows as many times faster as the tokens do."""
-SMALLEST = 4096
-"""Tokens from which growth is judged: below, what does not depend on them is a large part."""
 GRADIENTS = ("output", "query gradient", "key gradient", "value gradient")
 
 
@@ -125,7 +124,7 @@ def memory(
     Args:
         build: from `attention.plan.planner`.
         align: what the tokens are made a multiple of.
-        device: to compute on; without CUDA the peak is that of the process, which never falls.
+        device: to compute on.
         heads: of queries, keys and values.
         dtype: of the backend.
         tokens: T at most, ascending.
@@ -133,18 +132,17 @@ def memory(
     for most in tokens:
         segment = most // 44  # tokens: a prompt of two segments, and 42 segments on 7 levels
         end = regular_end(prompt=2 * segment, segment=segment, depth=7, forks=(0, 2, 4, 6))
-        pairs = int((end - np.arange(len(end), dtype=np.int64)).sum())
         aligned = len(end) // align * align
-        place = torch.from_numpy(np.minimum(end[:aligned], aligned)).to(device)
+        end = np.minimum(end[:aligned], aligned).astype(np.int32)
+        pairs = int((end - np.arange(aligned, dtype=np.int64)).sum())
+        place = torch.from_numpy(end).to(device)
         inputs = _inputs(aligned, heads, dtype, device)
         begin = time.perf_counter()
         _pass(build(place), inputs)
         _wait(device)
         first_s = time.perf_counter() - begin
         # not of the first pass: compilation takes memory of its own
-        before = _start_peak(device)
-        _pass(build(place), inputs)
-        peak = _peak(device) - before
+        peak = peak_bytes(partial(_planned, build, place, inputs))
         forward_s, backward_s = _seconds(build(place), inputs, device)
         flops = 3.5 * 4 * pairs * heads.queries * heads.dim
         yield Memory(
@@ -159,10 +157,17 @@ def memory(
         )
 
 
-def grows_linearly(rows: Sequence[Memory]) -> bool:
-    """Whether memory a token stays where it is from the smallest judged number of tokens to the largest."""
-    judged = [row.bytes_per_token for row in rows if row.tokens >= SMALLEST]
-    return not judged or judged[-1] <= GROWTH * judged[0]
+def grows_linearly(rows: Sequence[Memory], smallest: int) -> bool:
+    """Whether memory a token stays where it is from the smallest judged number of tokens to the largest.
+
+    Fewer than two lengths to judge, or a peak of nothing, is no answer and does not pass.
+
+    Args:
+        rows: by ascending tokens.
+        smallest: tokens from which growth is judged.
+    """
+    judged = [row.bytes_per_token for row in rows if row.tokens >= smallest]
+    return len(judged) > 1 and min(judged) > 0 and judged[-1] <= GROWTH * judged[0]
 
 
 def describe(backend: str, device: str) -> dict[str, str]:
@@ -191,6 +196,11 @@ def _pass(plan: Plan, inputs: Sequence[Tensor]) -> list[Tensor]:
     return [out.detach(), *grads]
 
 
+def _planned(build: Callable[[Tensor], Plan], end: Tensor, inputs: Sequence[Tensor]) -> None:
+    """A pass with the plan made for it."""
+    _pass(build(end), inputs)
+
+
 def _errors(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[float]:
     return [
         ((f.double() - e).abs().max() / e.abs().max().clamp_min(1.0)).item()
@@ -214,16 +224,3 @@ def _seconds(plan: Plan, inputs: Sequence[Tensor], device: str) -> tuple[float, 
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def _start_peak(device: str) -> int:
-    if device != "cuda":
-        return _peak(device)
-    torch.cuda.reset_peak_memory_stats()
-    return int(torch.cuda.memory_allocated())
-
-
-def _peak(device: str) -> int:
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,36 +1,34 @@
 """Forward and backward of the same trajectories in each way, timed in turn on one model.
 
-A round runs every way once, another one first each time. Before the first round every way runs once untimed: it warms up, and its peak
-memory and gradient norm are taken. Neighbours: `learner_trees` makes the trees, `learner.packing.divide` the microbatches of each way.
+A round runs every way once, another one first each time. Before the first round every way runs twice untimed: to warm up, and for its
+peak memory and gradient. Neighbours: `learner_trees` makes the trees, `learner.packing.divide` the microbatches of each way,
+`learner_gradient` compares, `peak` counts memory.
 
-Invariant: the model is never updated, so all runs compute the same; tree and flat packing must give the same gradient norm.
+Invariant: the model is never updated, so all runs compute the same; tree and flat packing must give the same gradient.
 """
 
-import ctypes
 import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from treepo_async.bench.learner_cells import LearnerCell, Way
-from treepo_async.bench.learner_samples import LearnerSample
+from treepo_async.bench.learner_gradient import Gradients, copied, norm, worst_gap
+from treepo_async.bench.learner_samples import LearnerSample, Origin
 from treepo_async.bench.learner_shapes import find_shape
-from treepo_async.bench.learner_trees import leaf_values, padded, trees_of
+from treepo_async.bench.learner_trees import leaf_values, lengths_of, padded, trees_of
+from treepo_async.bench.peak import peak_bytes
 from treepo_async.config.layout import Layout
 from treepo_async.errors import TreepoError
-from treepo_async.learner.attention.plan import alignment
+from treepo_async.learner.build import MakeOptimizer, build_dummy
 from treepo_async.learner.groups import close_groups, device, open_groups
 from treepo_async.learner.loss.normalizer import loss_weights
-from treepo_async.learner.loss.objective import LossSettings, Objective
-from treepo_async.learner.model.gpt import ModelSettings, build_model
-from treepo_async.learner.model.hf import dummy, load
 from treepo_async.learner.packing.cost import CostModel, Load, flops, load_of
 from treepo_async.learner.packing.divide import divide
 from treepo_async.learner.packing.share import Share
@@ -39,8 +37,8 @@ from treepo_async.learner.step import Learner
 from treepo_async.types import Tree
 
 GROUP_TIMEOUT_S = 120.0
-GAPS = {"float32": 1e-3, "bfloat16": 0.1}
-"""Largest relative difference of the gradient norms of tree and flat packing, by the dtype of the model."""
+GAPS = {"float32": 1e-4, "bfloat16": 0.05}
+"""Largest relative difference of a tensor's gradient between tree and flat packing, by the dtype of the model."""
 
 
 class DifferentGradientError(TreepoError):
@@ -51,6 +49,12 @@ class _NoUpdate:
     """In the place of an optimizer: the gradient is left as it is."""
 
     learning_rate = 0.0
+
+    def __init__(self, model: Any) -> None:
+        """Leave a model as it is."""
+
+    def round_master(self) -> None:
+        """Nothing to round: the weights are the model's own."""
 
     def zero_grad(self) -> None:
         """Nothing to forget: the model zeroes its own buffer."""
@@ -78,19 +82,13 @@ def one_rank() -> Iterator[None]:
 
 def build(cell: LearnerCell) -> Learner:
     """A learner of random weights without an optimizer, so that its memory is that of forward and backward."""
-    shape = find_shape(cell.shape)
-    settings = ModelSettings(
-        dtype=getattr(torch, cell.dtype), attention=cell.attention, recompute=cell.recompute
-    )
-    model = build_model(shape, settings)
-    load(model, shape, dummy(shape, 0))
-    return Learner(
-        model,
-        shape,
-        cast(Any, _NoUpdate()),
-        Objective(LossSettings()),
-        cell.budget,
-        align=alignment(cell.attention),
+    return build_dummy(
+        find_shape(cell.shape),
+        make_optimizer=cast(MakeOptimizer, _NoUpdate),
+        microbatch_tokens=cell.budget,
+        dtype=getattr(torch, cell.dtype),
+        attention=cell.attention,
+        recompute=cell.recompute,
     )
 
 
@@ -106,6 +104,16 @@ class Job:
     choice: Way
 
 
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What a pass of a way takes and leaves."""
+
+    peak_bytes: int
+    gradient_norm: float
+    gradient_gap: float
+    """See `LearnerSample`."""
+
+
 def jobs_of(cell: LearnerCell, shape: ModelShape) -> dict[Way, Job]:
     """The ways that differ for these trees: padding only where trajectories differ in length."""
     trees = trees_of(cell, shape.vocab_size)
@@ -117,37 +125,48 @@ def jobs_of(cell: LearnerCell, shape: ModelShape) -> dict[Way, Job]:
     )
     if choice is Way.AUTO:
         shares[Way.AUTO] = auto
-    rows = padded(trees)
-    if len({tuple(tree.num_tokens_L) for tree in rows}) > 1:
-        shares[Way.PADDED] = _share(rows, cell, Way.FLAT.value, cost)
+    if len(set(lengths_of(trees))) > 1:
+        shares[Way.PADDED] = _share(padded(trees), cell, Way.FLAT.value, cost)
     whole = sum(flops(shape, load_of(t, range(len(t.leaves)))).total for t in trees)
     return {way: _job(share, shape, cost, whole, choice) for way, share in shares.items()}
 
 
-def warm_up(learner: Learner, jobs: Mapping[Way, Job], dtype: str) -> dict[Way, tuple[int, float]]:
-    """Run every way once. Gives the most memory that it took, and its gradient norm.
+def warm_up(learner: Learner, jobs: Mapping[Way, Job], dtype: str) -> dict[Way, Warmed]:
+    """Run every way once, and then once more to see what it takes and leaves.
 
     Raises:
         DifferentGradientError: tree and flat packing do not agree.
     """
-    found = {}
+    for job in jobs.values():
+        learner.train(job.share)
+    found = {Way.FLAT: _look(learner, jobs[Way.FLAT], None, dtype)}
+    expected = copied(learner.model)
     for way, job in jobs.items():
-        peak = _peak_bytes(partial(learner.train, job.share))
-        found[way] = peak, _gradient_norm(learner)
-    tree, flat = found[Way.TREE][1], found[Way.FLAT][1]
-    if not abs(tree / flat - 1) < GAPS[dtype]:
-        raise DifferentGradientError(
-            f"the gradient norm is {tree} packed as trees and {flat} packed flat; they must be the same"
-        )
+        if way is not Way.FLAT:
+            # padding is attended to, so its gradient is another one
+            comparable = None if way is Way.PADDED else expected
+            found[way] = _look(learner, job, comparable, dtype)
     return found
+
+
+def _look(learner: Learner, job: Job, expected: Gradients | None, dtype: str) -> Warmed:
+    peak = peak_bytes(partial(learner.train, job.share))
+    gap, name = (0.0, "") if expected is None else worst_gap(learner.model, expected)
+    if gap > GAPS[dtype]:
+        raise DifferentGradientError(
+            f"the gradient of {name} differs from that of flat packing by {gap:.2g} of its norm; they must be the same "
+            f"within {GAPS[dtype]:g}"
+        )
+    return Warmed(peak, norm(learner.model), gap)
 
 
 def measure(
     learner: Learner,
     cell: LearnerCell,
     jobs: Mapping[Way, Job],
-    warmed: Mapping[Way, tuple[int, float]],
+    warmed: Mapping[Way, Warmed],
     number: int,
+    origin: Origin,
 ) -> list[LearnerSample]:
     """One round.
 
@@ -157,6 +176,7 @@ def measure(
         jobs: from `jobs_of`.
         warmed: from `warm_up`.
         number: of the round, from 1.
+        origin: of this process.
     """
     ways = list(jobs)
     first = (number - 1) % len(ways)
@@ -164,11 +184,12 @@ def measure(
     for place, way in enumerate([*ways[first:], *ways[:first]], start=1):
         job = jobs[way]
         wall_s, cpu_s = _timed(partial(learner.train, job.share))
-        peak_bytes, gradient_norm = warmed[way]
         pieces = [piece for chosen in job.share.microbatches for piece in chosen]
         samples.append(
             LearnerSample(
                 cell=cell,
+                code=origin.code,
+                device=origin.device,
                 way=way,
                 round=number,
                 place=place,
@@ -183,8 +204,9 @@ def measure(
                 choice=job.choice,
                 wall_s=wall_s,
                 cpu_s=cpu_s,
-                peak_bytes=peak_bytes,
-                gradient_norm=gradient_norm,
+                peak_bytes=warmed[way].peak_bytes,
+                gradient_norm=warmed[way].gradient_norm,
+                gradient_gap=warmed[way].gradient_gap,
             )
         )
     return samples
@@ -192,7 +214,7 @@ def measure(
 
 def _share(trees: Sequence[Tree], cell: LearnerCell, packing: str, cost: CostModel) -> Share:
     advantages = leaf_values(trees)
-    weights = loss_weights(trees, advantages, "token_mean", response_limit=0)
+    weights = loss_weights(trees, advantages, "token_mean")
     whole = Share(tuple(trees), tuple(advantages), tuple(weights))
     (share,) = divide(whole, num_replicas=1, budget_tokens=cell.budget, packing=packing, cost=cost)
     return share
@@ -216,39 +238,6 @@ def _timed(work: Callable[[], object]) -> tuple[float, float]:
     work()
     _synchronize()
     return time.perf_counter() - wall, time.process_time() - cpu
-
-
-def _peak_bytes(work: Callable[[], object]) -> int:
-    """Most memory above that before the work: of PyTorch's CUDA allocator, or of this process; 0 where nobody counts."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        work()
-        return int(torch.cuda.max_memory_allocated() - before)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(
-            0
-        )  # what was freed by earlier runs would hide what this one takes
-    before = _of_process("VmRSS")
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present size
-    work()
-    return max(0, _of_process("VmHWM") - before)
-
-
-def _of_process(key: str) -> int:
-    """A size from /proc/self/status, in bytes; 0 where there is none."""
-    file = Path("/proc/self/status")
-    lines = file.read_text().splitlines() if file.exists() else []
-    sizes = [line.split()[1] for line in lines if line.startswith(f"{key}:")]
-    return int(sizes[0]) * 1024 if sizes else 0
-
-
-def _gradient_norm(learner: Learner) -> float:
-    squares = [weight.main_grad.double().square().sum() for weight in learner.model.parameters()]
-    return math.sqrt(float(torch.stack(squares).sum()))
 
 
 def _synchronize() -> None:

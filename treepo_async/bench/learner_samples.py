@@ -1,6 +1,7 @@
 """What was measured of the learner: one row of `samples.csv` for each way of each round.
 
 The file is only ever appended to, all ways of a round at once, so that a sweep that was stopped goes on behind its last round.
+Rounds of other code or another device stay in the file, and count for nothing.
 """
 
 import csv
@@ -14,10 +15,26 @@ from treepo_async.errors import DataError
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What samples must share to be of one measurement."""
+
+    code: str
+    """Digest of this project's source."""
+    device: str
+
+    def of(self, samples: Iterable["LearnerSample"]) -> list["LearnerSample"]:
+        """The samples that have it."""
+        return [s for s in samples if (s.code, s.device) == (self.code, self.device)]
+
+
+@dataclass(frozen=True, slots=True)
 class LearnerSample:
     """One way of one round: forward and backward of all trees of a cell."""
 
     cell: LearnerCell
+    code: str
+    device: str
+    """See `Origin`."""
     way: Way
     round: int
     """From 1."""
@@ -44,6 +61,8 @@ class LearnerSample:
     peak_bytes: int
     """Most memory above that before the pass, from a pass of its own."""
     gradient_norm: float
+    gradient_gap: float
+    """Largest difference from flat packing of a tensor's gradient, relative to its norm; 0 of flat, and of padded, which differs."""
 
 
 _MEASURED = tuple(field.name for field in fields(LearnerSample) if field.name != "cell")

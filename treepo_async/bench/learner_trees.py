@@ -50,6 +50,13 @@ def trees_of(cell: LearnerCell, vocab_size: int) -> list[Tree]:
     return [_make(cell, vocab_size, seed) for seed in range(cell.prompts)]
 
 
+def lengths_of(trees: Iterable[Tree]) -> list[int]:
+    """Tokens of each trajectory, its prompt included."""
+    return [
+        len(tree.prompt.token_ids) + int(number) for tree in trees for number in tree.num_tokens_L
+    ]
+
+
 def padded(trees: Iterable[Tree]) -> list[Tree]:
     """Every trajectory as a tree of its own, its prompt lengthened in front until all are as long as the longest.
 

@@ -1,6 +1,7 @@
 """What a benchmark ran on: processor, memory, versions, commit, command line, date."""
 
 import datetime
+import hashlib
 import json
 import os
 import platform
@@ -28,6 +29,7 @@ def describe() -> dict[str, object]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": sys.argv,
         "commit": _git("rev-parse", "HEAD"),
+        "code": code_digest(),
         "is_modified": bool(_git("status", "--porcelain")),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
@@ -38,6 +40,14 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
     }
+
+
+def code_digest() -> str:
+    """Of every source file of this package: the same code, committed or not, has the same."""
+    found = hashlib.blake2b(digest_size=6)
+    for file in sorted((_REPOSITORY / "treepo_async").rglob("*.py")):
+        found.update(f"{file.relative_to(_REPOSITORY)}\0".encode() + file.read_bytes())
+    return found.hexdigest()
 
 
 def _version(package: str) -> str | None:

@@ -1,12 +1,13 @@
 """A run up to its plan, without its model's weights, a GPU or the network: what `launch/run.py --dry-run` prints.
 
-Neighbours: `plan` and `forecast` make the text; `prepare` does the same for a run that goes on from there.
+Neighbours: `plan` and `forecast_text` make the text; `prepare` does the same for a run that goes on from there.
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from treepo_async.cluster import forecast_text
 from treepo_async.cluster.forecast import Forecast, choose_device, ram_bytes
 from treepo_async.cluster.model_files import find_files, has_tokenizer
 from treepo_async.cluster.plan import describe, make_plan, shorten
@@ -52,7 +53,7 @@ def dry_run(
         needed=forecast.needed_on_cpu(),
         ram_bytes=ram_bytes(),
     )
-    return f"{describe(config, plan, prompt)}\n{forecast.describe(device)}"
+    return f"{describe(config, plan, prompt)}\n{forecast_text.describe(forecast, device)}"
 
 
 def look_at_inputs(config: Config, model_dir: Path, model: Mapping[str, Any]) -> Prompt | str:

@@ -74,12 +74,13 @@ def export_run(
 
     Args:
         job: what.
-        say: is told of each damaged checkpoint that is passed over.
+        say: is told of each checkpoint that is passed over, being damaged or removed meanwhile.
         report: see `prepare_model`; only a built-in model that is no longer cached takes long.
 
     Raises:
         ConfigError: the folder is no run, there is no checkpoint to export, or the target is there already.
-        WeightsError: no checkpoint, or not the one that was asked for, is whole.
+        WeightsError: the weights of no checkpoint, or not of the one that was asked for, are whole.
+        OSError: the folder cannot be written.
     """
     if not (job.run / CONFIG_FILE).is_file():
         raise ConfigError(
@@ -90,10 +91,18 @@ def export_run(
             f"hf={job.hf} is there already and never overwritten; name another folder"
         )
     config = load(job.run / CONFIG_FILE)
-    checkpoint = _choose(job, say)
-    model_dir = _model_dir(job, config, report)
-    _check_model(checkpoint, model_dir)
-    return export(checkpoint, model_dir, job.hf, dtype=job.dtype or config.model.dtype)
+    model_dir: Path | None = None
+    while True:
+        checkpoint = _choose(job, say)
+        model_dir = model_dir or _model_dir(job, config, report)
+        try:
+            _check_model(checkpoint, model_dir)
+            return export(checkpoint, model_dir, job.hf, dtype=job.dtype or config.model.dtype)
+        except (OSError, WeightsError):
+            if checkpoint.folder.exists():
+                raise
+        # the run is at work and keeps newer ones: the next is among them
+        say(f"passed over: {checkpoint.folder} was removed while it was read")
 
 
 def _choose(job: ExportJob, say: Callable[[str], None]) -> Checkpoint:
@@ -108,9 +117,9 @@ def _choose(job: ExportJob, say: Callable[[str], None]) -> Checkpoint:
         if not wanted:
             there = ", ".join(sorted({str(version.step) for version in versions}, key=int))
             raise ConfigError(f"step={job.step}: {job.run} has checkpoints of steps {there}")
-        return store.at(wanted[-1])
+        return store.at(wanted[-1], kinds=[WEIGHTS_KIND])
     damaged: list[WeightsError] = []
-    newest = store.newest(damaged.append)
+    newest = store.newest(damaged.append, kinds=[WEIGHTS_KIND])
     for error in damaged:
         say(f"passed over: {error}")
     if newest is None:

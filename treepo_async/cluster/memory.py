@@ -6,7 +6,7 @@ they differ from that paper's: attention keeps no probabilities, the MLP is gate
 microbatch, `h` hidden, `q` and `k` features of all queries and of all keys on a rank, `f` features of the MLP on a rank, `b` bytes of
 a number, `L` layers of a stage.
 
-Neighbours: `forecast` prints, `learner.shape` has the sizes. Not counted: the allocator's fragments, buffers of collectives,
+Neighbours: `forecast` asks, `learner.shape` has the sizes. Not counted: the allocator's fragments, buffers of collectives,
 Megatron's gradient buckets beyond one gradient a parameter, and what an attention backend saves beside queries, keys, values,
 its output and one number a head.
 """
@@ -42,8 +42,9 @@ class Work:
     sequence_parallel: bool = True
     dense_mask: bool = False
     """Whether attention builds a mask of T x T."""
-    fused_norm: bool = True
-    """Whether norms are one kernel, which saves its input, as on CUDA; else float32 copies are saved too."""
+    on_gpu: bool = True
+    """On CUDA norms are one kernel, which saves its input, and AdamW updates all parameters at once, which takes a float32
+    number each; on CPU norms save float32 copies too, and parameters are updated one by one."""
     entropy_gradient: bool = False
     with_reference: bool = False
     """Whether a frozen copy of the weights is kept."""
@@ -64,12 +65,14 @@ class RankMemory:
     """Saved for the backward pass, of all microbatches that are in flight at once."""
     working: int
     """What comes and goes: a layer that is computed again, its gradients, the logits of a chunk."""
+    update: int
+    """What the optimizer takes besides while it updates, when there are no activations."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Most of it at once."""
         held = self.weights + self.gradients + self.optimizer + self.reference
-        return held + self.activations + self.working
+        return held + max(self.activations + self.working, self.update)
 
     @classmethod
     def of(cls, shape: ModelShape, work: Work, stage: int) -> Self:
@@ -88,6 +91,7 @@ class RankMemory:
             reference=number * item if work.with_reference else 0,
             activations=saved * in_flight,
             working=_working(shape, work, stage),
+            update=number * FLOAT32 if work.on_gpu else 0,
         )
 
 
@@ -140,7 +144,8 @@ def _saved_of_layer(shape: ModelShape, work: Work, recompute: str) -> int:
     two norms (input, one number a token), the input of the two column-parallel layers: T h b / s each;
     the output of the qkv layer T (q + 2k) b, rotated queries and keys T (q + k) b, cosines and sines T 4 D b;
     attention T q b and one number a head; the gated MLP T 5f b: both halves, the second one again (Megatron adds an offset to it),
-    the gate's activation, the product. `selective` leaves out the mask and the number a head, `full` all but the layer's input.
+    the gate's activation, the product. With fewer query groups than ranks every rank gathers the qkv of all ranks, and a view of it
+    stays: T (H + 2G) D b, for its own q + 2k. `selective` leaves out the mask and the number a head, `full` all but the layer's input.
     """
     item, tokens, tp = ITEM_BYTES[work.dtype], work.tokens, work.layout.tp
     shared = tokens // (tp if work.sequence_parallel else 1)
@@ -149,7 +154,11 @@ def _saved_of_layer(shape: ModelShape, work: Work, recompute: str) -> int:
         return shared * hidden * item
     queries, keys = shape.num_heads * head // tp, max(1, shape.num_kv_heads // tp) * head
     saved = 2 * (_saved_of_norm(work, shared, hidden) + shared * hidden * item)
-    saved += tokens * (3 * queries + 3 * keys + 4 * head) * item
+    qkv = queries + 2 * keys
+    if shape.num_kv_heads < tp:
+        qkv = (shape.num_heads + 2 * shape.num_kv_heads) * head
+    # rotated queries and keys, cosines and sines, attention's output
+    saved += tokens * (qkv + 2 * queries + keys + 4 * head) * item
     saved += tokens * 5 * (shape.intermediate_size // tp) * item
     if shape.qk_norm:
         rows = tokens * (queries + keys) // head
@@ -162,7 +171,7 @@ def _saved_of_layer(shape: ModelShape, work: Work, recompute: str) -> int:
 
 def _saved_of_norm(work: Work, rows: int, size: int) -> int:
     """A fused norm saves its input; the composed one its input and the normed rows, both in float32."""
-    numbers = ITEM_BYTES[work.dtype] if work.fused_norm else 2 * FLOAT32
+    numbers = ITEM_BYTES[work.dtype] if work.on_gpu else 2 * FLOAT32
     return rows * size * numbers + rows * FLOAT32
 
 

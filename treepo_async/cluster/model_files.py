@@ -12,7 +12,7 @@ from treepo_async.errors import ConfigError
 from treepo_async.tiny.built_in import BUILT_INS
 
 SHIPPED_DIR = CONFIG_DIR / "models"
-"""Folders named after models, each with the config.json of one."""
+"""Folders `owner/name`, each with the config.json of the model of that hub id."""
 WITHOUT_WEIGHTS = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -43,7 +43,7 @@ def find_files(
     cached = _from_hub(path, offline=True)
     if isinstance(cached, Path):
         return cached
-    own = SHIPPED_DIR / path.partition("/")[2]
+    own = SHIPPED_DIR / path
     if shipped and (own / "config.json").is_file():
         return own
     fetched = _from_hub(path, offline=False)

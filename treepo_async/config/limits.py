@@ -70,11 +70,14 @@ def mask_names(text: str) -> list[str]:
     return [] if text == "none" else [name.strip() for name in text.split("+")]
 
 
-def needs_proximal(settings: LearnerConfig) -> bool:
+def needs_proximal(config: Config) -> bool:
     """Whether the log-probs under the weights at the start of a batch take a forward pass of their own."""
+    settings = config.learner
     if settings.proximal != "auto":
         return settings.proximal == "recomputed"
-    moves = settings.minibatches > 1 and (reads_proximal(settings) or is_anchored(settings))
+    # of fresh tokens the behavior policy is read as the proximal one
+    anchors = is_anchored(settings) and not corrects_fresh(config)
+    moves = settings.minibatches > 1 and (reads_proximal(settings) or anchors)
     return moves or settings.value_correction != "none" or needs_bounds(settings)
 
 

@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Iterator
 
 from treepo_async.config.limits import NEEDS_PROXIMAL, is_anchored, mask_names, reads_proximal
-from treepo_async.config.schema import ESTIMATORS, MASKS, Config, LearnerConfig
+from treepo_async.config.schema import LEAVE_ONE_OUT, MASKS, Config, LearnerConfig
 
 CLIPPED = ("ppo", "gspo", "gspo_segment")
 """Losses that a dual clip is defined for."""
-VTRACE = tuple(name for name in ESTIMATORS if name.startswith("treepo") or name == "grpo")
-"""Estimators whose means can weigh each leaf by how likely its path has become."""
+VTRACE = LEAVE_ONE_OUT
+"""Estimators that compare with means, which can weigh each leaf by how likely its path has become."""
 
 
 def check_loss(config: Config) -> Iterator[str]:

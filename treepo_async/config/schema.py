@@ -63,7 +63,7 @@ CORRECTIONS = ("none", "truncated", "icepop", "importance")
 MASKS = ("geometric", "window", "k3", "veto_token", "veto_segment", "veto_subtree", "m2po")
 """Rules that leave tokens out; `learner.loss.mask` says what each is."""
 PROXIMALS = ("auto", "current", "recomputed", "interpolated")
-"""What the clip range is centred on; `learner.proximal` says what each is."""
+"""What the clip range is centred on; `learner.loss.proximal` says what each is."""
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """Of the divergence to the reference policy; `learner.loss.policy` says what each is."""
 
@@ -287,7 +287,7 @@ class ActorConfig:
 class ReplayConfig:
     """Leases, admission and the replay queue."""
 
-    prompts_per_batch: int = knob(16, "trees of one optimizer step", at_least=1)
+    prompts_per_batch: int = knob(16, "trees of one step", at_least=1)
     max_staleness: int = knob(
         1,
         "publications a trained segment may lie behind the learner; 0: synchronous",
@@ -321,7 +321,7 @@ class LearnerConfig:
 
     layout: str = knob("tp1", "ranks: tp, pp and dp sizes, e.g. tp4pp2")
     lr: float = knob(6e-5, "learning rate after warm-up", above=0)
-    warmup_steps: int = knob(5, "linear warm-up", at_least=0)
+    warmup_steps: int = knob(5, "steps of linear warm-up", at_least=0)
     beta1: float = knob(0.9, "AdamW")
     beta2: float = knob(0.98, "AdamW")
     weight_decay: float = knob(0.0, "AdamW; biases and norms are not decayed", at_least=0)
@@ -374,8 +374,8 @@ class LearnerConfig:
     tv_clip: float = knob(0.2, "of loss=dppo: largest change of a token's probability", above=0)
     normalizer: str = knob(
         "token_mean",
-        "token_mean (of all trajectories), sequence_mean (of each, then over them), dr_grpo (by the response "
-        "limit), unique_token (each token once, however many trajectories share it)",
+        "token_mean (of all trajectories), sequence_mean (of each, then over them), dr_grpo (by the "
+        "most tokens a tree lets one have), unique_token (each token once, however many trajectories share it)",
         choices=NORMALIZERS,
     )
     kl_coef: float = knob(
@@ -419,7 +419,7 @@ class LearnerConfig:
         "vtrace: the means that a trajectory is compared with weigh each leaf by how likely its path has become",
         choices=("none", "vtrace"),
     )
-    vtrace_cap: float = knob(1.0, "of vtrace: upper bound of a segment's factor", above=0)
+    vtrace_cap: float = knob(1.0, "of vtrace: upper bound of a level's factor", at_least=1)
     packing: str = knob(
         "auto",
         "tree (what trajectories share is computed once), flat (each trajectory by itself), auto: the one that costs "
@@ -509,7 +509,7 @@ class Config:
 
     actors: int = knob(2, "actor processes", at_least=1)
     engines: int = knob(1, "SGLang servers; actor i uses engine i modulo engines", at_least=1)
-    steps: int = knob(40, "optimizer steps", at_least=1)
+    steps: int = knob(40, "batches to train on, learner.minibatches updates each", at_least=1)
     seed: int = knob(
         0,
         "prompt order, tree forks and fallbacks, model initialisation and warm start; "

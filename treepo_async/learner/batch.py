@@ -2,14 +2,14 @@
 
 Neighbours: the worker calls it with each batch, `team` carries out every part on all ranks.
 
-Invariant: what an update needs of the whole batch (whitening, normalizer, bounds of masks) is fixed before any correction acts.
+Invariant: what an update needs of the whole batch (whitening, normalizer, bounds of masks) is fixed before any weight or mask acts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from treepo_async.learner.packing.share import SegmentValues, Share
 from treepo_async.tree.advantage import MakeGroups, batch_advantages
 from treepo_async.types import PolicyVersion, Tree
 
+Result = TypeVar("Result")
+
 
 class Team(Protocol):
     """What is asked of all ranks; see `team.Team`."""
@@ -31,6 +33,9 @@ class Team(Protocol):
 
     def logprobs(self, batch: Share, *, of_reference: bool = False) -> list[SegmentValues]:
         """Log-probs of every tree."""
+
+    def keep_waiting(self, work: Callable[[], Result]) -> Result:
+        """Do what may take long and concerns rank 0 alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +47,6 @@ class BatchRules:
     path_weights: str = "equal"
     whiten: bool = True
     normalizer: str = "token_mean"
-    response_limit: int = 0
-    """Longest response, in tokens; read by the normalizer `dr_grpo`."""
     num_minibatches: int = 1
     needs_proximal: bool = False
     """Whether log-probs under the weights at the start of the batch are computed first."""
@@ -74,46 +77,49 @@ class BatchTrainer:
         batch = self._prepare(trees, version)
         parts = _parts(len(trees), self._rules.num_minibatches)
         results = [self._team.train(self._part(batch, part), version=version) for part in parts]
-        if not batch.proximal:
+        if batch.proximal is None:
             # the weights have moved since the version was published: what differs is no error of the engine
             results[1:] = [_without_gap(result) for result in results[1:]]
         return merge(results)
 
     def _prepare(self, trees: Sequence[Tree], version: PolicyVersion) -> Share:
         """All trees with what is known of the whole batch; its weights are not those of any update."""
-        rules, advantages = self._rules, self._advantages(trees)
+        rules, apart = self._rules, self._team.keep_waiting
+        advantages = apart(lambda: self._advantages(trees))
         # the weights are not read by a forward pass
         whole = Share(tuple(trees), tuple(advantages), tuple(advantages))
-        proximal = self._team.logprobs(whole) if rules.needs_proximal else []
-        reference = self._team.logprobs(whole, of_reference=True) if rules.needs_reference else []
+        if rules.needs_proximal:
+            whole = replace(whole, proximal=tuple(self._team.logprobs(whole)))
+        if rules.needs_reference:
+            reference = self._team.logprobs(whole, of_reference=True)
+            whole = replace(whole, reference=tuple(reference))
+        return apart(lambda: self._correct(whole, version))
+
+    def _correct(self, batch: Share, version: PolicyVersion) -> Share:
+        """Values and bounds, from the proximal log-probs where they are wanted."""
+        rules = self._rules
+        bounds = self._bounds(batch, version) if rules.needs_bounds else Bounds()
+        advantages = batch.advantages
         if rules.vtrace_cap is not None:
             corrected = corrected_groups(
-                trees, proximal, version, cap=rules.vtrace_cap, correct_fresh=rules.correct_fresh
+                batch.trees,
+                batch.proximal or (),
+                version,
+                cap=rules.vtrace_cap,
+                correct_fresh=rules.correct_fresh,
             )
-            advantages = self._advantages(trees, corrected)
-        return replace(
-            whole,
-            advantages=tuple(advantages),
-            proximal=tuple(proximal),
-            reference=tuple(reference),
-            bounds=self._bounds(whole, proximal, version) if rules.needs_bounds else Bounds(),
-        )
+            advantages = tuple(self._advantages(batch.trees, corrected))
+        return replace(batch, advantages=advantages, bounds=bounds)
 
     def _part(self, batch: Share, chosen: slice) -> Share:
         """The trees of one update."""
         trees, advantages = batch.trees[chosen], batch.advantages[chosen]
-        weights = loss_weights(
-            trees,
-            advantages,
-            self._rules.normalizer,
-            response_limit=self._rules.response_limit,
-        )
         return Share(
             trees=trees,
             advantages=advantages,
-            weights=tuple(weights),
-            proximal=batch.proximal[chosen],
-            reference=batch.reference[chosen],
+            weights=tuple(loss_weights(trees, advantages, self._rules.normalizer)),
+            proximal=None if batch.proximal is None else batch.proximal[chosen],
+            reference=None if batch.reference is None else batch.reference[chosen],
             bounds=batch.bounds,
         )
 
@@ -130,13 +136,11 @@ class BatchTrainer:
             make_groups=make_groups,
         )
 
-    def _bounds(
-        self, batch: Share, proximal: Sequence[SegmentValues], version: PolicyVersion
-    ) -> Bounds:
+    def _bounds(self, batch: Share, version: PolicyVersion) -> Bounds:
         return bounds_of(
             batch.trees,
             batch.advantages,
-            proximal,
+            batch.proximal or (),
             version,
             mean_square=self._rules.mean_square,
             correct_fresh=self._rules.correct_fresh,

@@ -4,12 +4,14 @@ Nothing here is drawn at random but by `seed`, and no file is read but by `build
 """
 
 import json
+from collections.abc import Callable
+from functools import partial
 from math import lcm
 from pathlib import Path
 from typing import Any
 
 from treepo_async.errors import ConfigError
-from treepo_async.learner.attention.module import alignment
+from treepo_async.learner.attention.plan import alignment
 from treepo_async.learner.groups import seed_ranks
 from treepo_async.learner.loss.objective import LossSettings, Objective
 from treepo_async.learner.mcore import parallel_state
@@ -18,6 +20,10 @@ from treepo_async.learner.model.hf import Read, dummy, load
 from treepo_async.learner.optimizer import Optimizer, OptimizerSettings, master
 from treepo_async.learner.shape import ModelShape
 from treepo_async.learner.step import Learner
+
+MakeOptimizer = Callable[[Any], Optimizer]
+"""Model -> what updates it."""
+DEFAULT_OPTIMIZER = partial(Optimizer, settings=OptimizerSettings())
 
 
 def build_learner(
@@ -53,13 +59,14 @@ def build_learner(
     shape = ModelShape.from_config(json.loads(path.read_text()))
     seed_ranks(seed)
     read = open_checkpoint(model_dir)
-    return _assemble(shape, read, optimizer, loss, microbatch_tokens, with_reference, computed)
+    make = partial(Optimizer, settings=optimizer)
+    return _assemble(shape, read, make, loss, microbatch_tokens, with_reference, computed)
 
 
 def build_dummy(
     shape: ModelShape,
     *,
-    optimizer: OptimizerSettings | None = None,
+    make_optimizer: MakeOptimizer = DEFAULT_OPTIMIZER,
     loss: LossSettings | None = None,
     microbatch_tokens: int = 4096,
     seed: int = 0,
@@ -70,7 +77,7 @@ def build_dummy(
 
     Args:
         shape: of the model.
-        optimizer: None: the defaults.
+        make_optimizer: model -> what updates it, or leaves it as it is.
         loss: None: the defaults.
         microbatch_tokens: see `build_learner`.
         seed: of the weights too.
@@ -81,7 +88,7 @@ def build_dummy(
     return _assemble(
         shape,
         dummy(shape, seed),
-        optimizer or OptimizerSettings(),
+        make_optimizer,
         loss or LossSettings(),
         microbatch_tokens,
         with_reference,
@@ -92,7 +99,7 @@ def build_dummy(
 def _assemble(
     shape: ModelShape,
     read: Read,
-    optimizer_settings: OptimizerSettings,
+    make_optimizer: MakeOptimizer,
     loss: LossSettings,
     microbatch_tokens: int,
     with_reference: bool,
@@ -101,7 +108,7 @@ def _assemble(
     objective = Objective(loss)
     settings = ModelSettings(**computed, with_entropy_gradient=loss.entropy_coef > 0)
     model = build_model(shape, settings)
-    optimizer = Optimizer(model, optimizer_settings)
+    optimizer = make_optimizer(model)
     load(model, shape, read, master)
     optimizer.round_master()
     reference = None

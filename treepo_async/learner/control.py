@@ -7,7 +7,7 @@ without a word. Neighbours: `team` speaks it on both sides.
 Invariant: every rank takes part in every order, in the same sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from enum import IntEnum
 from typing import Any
@@ -69,19 +69,20 @@ class Control:
             if order != Order.WAIT:
                 return Order(order), self._broadcast(size, 0, self._world) if size else b""
 
-    def scatter(self, payloads: Sequence[bytes]) -> bytes:
+    def scatter(self, payloads: Iterable[bytes] = ()) -> bytes:
         """Carry each data-parallel replica its payload, once, and there to all its ranks.
 
         Args:
-            payloads: on rank 0 one per replica; on the others ignored.
+            payloads: on rank 0 one per replica, taken one at a time; on the others ignored.
 
         Returns:
             The payload of this rank's replica.
         """
         if self.rank == 0:
-            for leader, payload in zip(self._leaders[1:], payloads[1:], strict=True):
+            pairs = zip(self._leaders, payloads, strict=True)
+            mine: bytes | None = next(pairs)[1]
+            for leader, payload in pairs:
                 self._send(payload, leader)
-            mine: bytes | None = payloads[0]
         elif self.rank in self._leaders:
             mine = self._receive_payload(0)
         else:

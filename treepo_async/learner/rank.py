@@ -1,6 +1,5 @@
 """One rank of the learner: rank 0 runs the worker's loop, the others follow it."""
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from treepo_async.config.limits import (
     gap_alarm,
     needs_bounds,
     needs_proximal,
-    response_limit,
 )
 from treepo_async.config.schema import Config
 from treepo_async.config.wiring import POLICY_FILE, Wiring
@@ -34,6 +32,7 @@ from treepo_async.learner.team import Team
 from treepo_async.learner.worker import Start, Worker, WorkerRules
 from treepo_async.metrics.events import emit
 from treepo_async.weights.checkpoints import Checkpoint, CheckpointStore
+from treepo_async.weights.export import copy_companions, write_folder
 from treepo_async.weights.manifest import WEIGHTS_FILE
 from treepo_async.weights.store import WeightStore
 from treepo_async.wire.messages import Hello
@@ -44,9 +43,6 @@ RESEND_S = 4.0
 
 KEPT_TO_EVALUATE = 4
 """Publications that wait for their evaluation: without actors nothing holds the learner back until it is done."""
-
-COPIED = ("*.json", "*.jinja", "*.txt", "*.model")
-"""Files of the initial model, tokenizer and all, that belong to the trained one too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +124,7 @@ def _learner(job: RankJob) -> Learner:
         Path(job.wiring.model_dir),
         optimizer=OptimizerSettings(
             learning_rate=settings.lr,
-            warmup_steps=settings.warmup_steps,
+            warmup_steps=settings.warmup_steps * settings.minibatches,
             weight_decay=settings.weight_decay,
             beta1=settings.beta1,
             beta2=settings.beta2,
@@ -155,7 +151,9 @@ def _learner(job: RankJob) -> Learner:
 
 def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: WeightStore) -> Worker:
     config, settings = job.config, job.config.learner
-    checkpoints = CheckpointStore(job.wiring.checkpoints_dir, keep=config.checkpoint.keep)
+    checkpoints = CheckpointStore(
+        job.wiring.checkpoints_dir, keep=config.checkpoint.keep, unremoved=_tell_unremoved
+    )
     return Worker(
         team,
         replay,
@@ -191,9 +189,8 @@ def batch_rules(config: Config) -> BatchRules:
         path_weights=settings.path_weights,
         whiten=settings.whiten,
         normalizer=settings.normalizer,
-        response_limit=response_limit(config),
         num_minibatches=settings.minibatches,
-        needs_proximal=needs_proximal(settings),
+        needs_proximal=needs_proximal(config),
         needs_reference=settings.kl_coef > 0,
         needs_bounds=needs_bounds(settings),
         mean_square=settings.mask_m2po,
@@ -204,20 +201,17 @@ def batch_rules(config: Config) -> BatchRules:
 
 def _save_model(wiring: Wiring, weights: WeightStore, dtype: str) -> Path:
     """The last publication with the tokenizer beside it: a Hugging Face folder, complete by one rename."""
-    folder, building = Path(wiring.run_dir) / "model", Path(wiring.run_dir) / ".model"
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir()
-    for pattern in COPIED:
-        for file in Path(wiring.model_dir).glob(pattern):
-            if not file.name.endswith(".safetensors.index.json"):
-                shutil.copy(file, building)
-    config = json.loads((building / "config.json").read_text()) | {"dtype": dtype}
-    config.pop("torch_dtype", None)
-    (building / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    version = weights.versions()[-1]
-    published = weights.path(version) / WEIGHTS_FILE
-    shutil.copyfile(published, building / published.name)
-    (building / POLICY_FILE).write_text(f"{version}\n")
+    folder, version = Path(wiring.run_dir) / "model", weights.versions()[-1]
+
+    def fill(building: Path) -> None:
+        copy_companions(Path(wiring.model_dir), building, dtype=dtype)
+        shutil.copyfile(weights.path(version) / WEIGHTS_FILE, building / WEIGHTS_FILE)
+        (building / POLICY_FILE).write_text(f"{version}\n")
+
     shutil.rmtree(folder, ignore_errors=True)
-    building.rename(folder)
+    write_folder(folder, fill)
     return folder
+
+
+def _tell_unremoved(error: OSError) -> None:
+    emit("alarm", alarm="an old checkpoint is not removed", detail=str(error))

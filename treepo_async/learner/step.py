@@ -98,29 +98,25 @@ class Learner:
         Raises:
             TreeError: a tree and its advantages, weights or log-probs do not fit.
         """
-        batches = self._lay_out(share)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        microbatches = [
-            (
+
+        def place(batch: PackedBatch) -> Edges:
+            return Edges.of(
                 batch,
-                Edges.of(
-                    batch,
-                    device(),
-                    version=version,
-                    proximal=share.proximal,
-                    reference=share.reference,
-                    dtype=self._dtype,
-                ),
+                device(),
+                version=version,
+                proximal=share.proximal,
+                reference=share.reference,
+                dtype=self._dtype,
             )
-            for batch in batches
-        ]
 
         def minimise(edges: Edges, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Any]:
             loss, sums, gap_max = self.objective(edges, logprobs, entropy, share.bounds)
             return loss, (sums, gap_max)
 
-        sums, gap_max = _reduce(self._run(self.model, microbatches, minimise))
+        kept = self._run(self.model, self._lay_out(share), len(share.microbatches), place, minimise)
+        sums, gap_max = _reduce(kept)
         finite_loss = math.isfinite(loss_of(sums))
         grad_norm, skipped = self.optimizer.update(finite_loss=finite_loss)
         return result_of(
@@ -142,13 +138,13 @@ class Learner:
             Per tree and segment `[T]`; NaN for segments that are in no piece.
         """
         model = self.reference if of_reference else self.model
-        batches = self._lay_out(share)
         found = [
             [np.full(len(s), np.nan, np.float32) for s in tree.segments] for tree in share.trees
         ]
-        for batch, values in zip(batches, self._logprobs(model, batches), strict=True):
-            for tree, segment, edges in batch.segments():
-                found[tree][segment] = values[edges]
+        values = self._logprobs(model, self._lay_out(share), len(share.microbatches))
+        for segments, logprobs in values:
+            for tree, segment, edges in segments:
+                found[tree][segment] = logprobs[edges]
         return [tuple(values) for values in found]
 
     def score(self, sequences: Sequence[Int32]) -> list[Float32]:
@@ -165,7 +161,9 @@ class Learner:
         sizes = [batch.num_trained_tokens for batch in batches]
         flat = torch.zeros(sum(sizes), device=device())
         views = share_out(flat.split(sizes), flat[:0])
-        for view, values in zip(views, self._logprobs(self.model, mine), strict=True):
+        for view, (_, values) in zip(
+            views, self._logprobs(self.model, iter(mine), len(mine)), strict=True
+        ):
             view.copy_(torch.from_numpy(values))
         dist.all_reduce(flat, group=parallel_state.get_data_parallel_group())
         found = [np.empty(0, np.float32) for _ in sequences]
@@ -200,29 +198,45 @@ class Learner:
     def _tensor_of(self, kind: str) -> TensorOf:
         return master if kind == WEIGHTS else self.optimizer.moment(kind)
 
-    def _lay_out(self, share: Share) -> list[PackedBatch]:
-        return pack(share.trees, share.advantages, share.weights, share.microbatches, self.align)
+    def _lay_out(self, share: Share) -> Iterator[PackedBatch]:
+        """One microbatch at a time, as it is wanted: a batch may be large."""
+        for pieces in share.microbatches:
+            yield from pack(share.trees, share.advantages, share.weights, [pieces], self.align)
 
     @torch.no_grad()
-    def _logprobs(self, model: Any, batches: Sequence[PackedBatch]) -> list[Float32]:
-        """Log-probs of the trained tokens of this replica's microbatches, `[E]` each, on all of its ranks."""
+    def _logprobs(
+        self, model: Any, batches: Iterator[PackedBatch], num_microbatches: int
+    ) -> list[tuple[list[tuple[int, int, slice]], Float32]]:
+        """Segments and log-probs `[E]` of this replica's microbatches, on all of its ranks."""
+        segments: list[list[tuple[int, int, slice]]] = []
+        sizes: list[int] = []
+
+        def noted() -> Iterator[PackedBatch]:
+            for batch in batches:
+                segments.append(list(batch.segments()))
+                sizes.append(batch.num_trained_tokens)
+                yield batch
+
+        def place(batch: PackedBatch) -> Edges:
+            return Edges.of(batch, device(), dtype=self._dtype)
 
         def keep(edges: Edges, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
             return logprobs.sum(), logprobs
 
-        microbatches = [(batch, Edges.of(batch, device(), dtype=self._dtype)) for batch in batches]
-        kept = self._run(model, microbatches, keep, forward_only=True)
-        sizes = [batch.num_trained_tokens for batch in batches]
+        kept = self._run(model, noted(), num_microbatches, place, keep, forward_only=True)
         flat = torch.zeros(sum(sizes), dtype=self._dtype, device=device())
         if parallel_state.is_pipeline_last_stage():
             torch.cat(kept, out=flat)
         sum_stages(flat)
-        return [values.cpu().numpy() for values in flat.split(sizes)]
+        values = [values.cpu().numpy() for values in flat.split(sizes)]
+        return list(zip(segments, values, strict=True))
 
     def _run(
         self,
         model: Any,
-        microbatches: Sequence[tuple[PackedBatch, Edges]],
+        batches: Iterator[PackedBatch],
+        num_microbatches: int,
+        place: Callable[[PackedBatch], Edges],
         on_logprobs: OnLogprobs,
         *,
         forward_only: bool = False,
@@ -230,29 +244,32 @@ class Learner:
         """Run Megatron's schedule; what `on_logprobs` kept, on the last pipeline stage, else nothing.
 
         The gradient that is left is that of the loss summed over all microbatches of all ranks: Megatron divides by a number
-        of tokens, and leaves out the division where it is told none.
+        of tokens, and leaves out the division where it is told none. The length it is given is not read, as stages
+        tell each other that of every microbatch.
         """
+        is_last = parallel_state.is_pipeline_last_stage()
 
         def finish(edges: Edges, output: Tensor) -> tuple[Tensor, Tensor, Any]:
             loss, kept = on_logprobs(edges, output[0], output[1])
             return loss, torch.zeros((), dtype=torch.int, device=output.device), kept
 
-        def forward_step(pending: Iterator[tuple[PackedBatch, Edges]], model: Any) -> Any:
-            batch, edges = next(pending)
+        def forward_step(pending: Iterator[PackedBatch], model: Any) -> Any:
+            batch = next(pending)
+            edges = place(batch) if is_last else None
             output = model(
                 input_ids=torch.from_numpy(batch.input_ids).to(device())[None],
                 position_ids=torch.from_numpy(batch.position_ids).to(device())[None],
                 attention_mask=torch.from_numpy(batch.end).to(device())[None, None, None],
                 edges=edges,
             )
-            return output, partial(finish, edges)
+            return output, None if edges is None else partial(finish, edges)
 
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(microbatches),
+            data_iterator=batches,
             model=[model],
-            num_microbatches=len(microbatches),
-            seq_length=max(batch.num_tokens for batch, _ in microbatches),
+            num_microbatches=num_microbatches,
+            seq_length=self.microbatch_tokens,
             micro_batch_size=1,
             forward_only=forward_only,
         )

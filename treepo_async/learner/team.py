@@ -7,6 +7,7 @@ for the next order (`control` has the deadline; rank 0 ends it).
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -103,10 +104,10 @@ class Team:
             order, details = self._control.receive()
             match order:
                 case Order.TRAIN:
-                    share = share_from_bytes(self._control.scatter([]))
+                    share = share_from_bytes(self._control.scatter())
                     self._learner.train(share, version=PolicyVersion(*json.loads(details)))
                 case Order.LOGPROBS:
-                    share = share_from_bytes(self._control.scatter([]))
+                    share = share_from_bytes(self._control.scatter())
                     found = self._learner.logprobs(share, of_reference=json.loads(details))
                     self._control.gather(_join(found))
                 case Order.SCORE:
@@ -118,18 +119,21 @@ class Team:
                     return
 
     def _divide(self, batch: Share) -> list[Share]:
-        return divide(
-            batch,
-            num_replicas=self._control.num_replicas,
-            num_stages=self._learner.num_stages,
-            budget_tokens=self._learner.microbatch_tokens,
-            packing=self._learner.packing,
-            cost=self._learner.cost,
+        return self.keep_waiting(
+            partial(
+                divide,
+                batch,
+                num_replicas=self._control.num_replicas,
+                num_stages=self._learner.num_stages,
+                budget_tokens=self._learner.microbatch_tokens,
+                packing=self._learner.packing,
+                cost=self._learner.cost,
+            )
         )
 
     def _scatter(self, shares: Sequence[Share]) -> None:
         if self._control.size > 1:
-            self._control.scatter([share_to_bytes(share) for share in shares])
+            self._control.scatter(map(share_to_bytes, shares))
 
 
 def _json(value: Any) -> bytes:

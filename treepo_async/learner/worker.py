@@ -10,7 +10,7 @@ in the same order; what had been published of them is not published again.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -21,8 +21,8 @@ import torch
 from treepo_async.errors import DeadlineError, TreepoError, WireError
 from treepo_async.learner import checkpoint
 from treepo_async.learner.batch import BatchRules, BatchTrainer
+from treepo_async.learner.batch import Team as BatchTeam
 from treepo_async.learner.loss.result import StepResult
-from treepo_async.learner.packing.share import SegmentValues, Share
 from treepo_async.learner.publish import probe_sequences, publish
 from treepo_async.learner.step import WEIGHTS
 from treepo_async.learner.summary import summarize
@@ -45,10 +45,10 @@ from treepo_async.wire.sockets import BlockingRequester
 
 BATCH_WAIT_S = 5.0
 MAX_SKIPPED = 3
-"""Updates skipped in a row before the run ends."""
+"""Steps in a row whose updates were all skipped before the run ends."""
 
 
-class Team(Protocol):
+class Team(BatchTeam, Protocol):
     """What the loop asks of all ranks; see `team.Team`."""
 
     @property
@@ -58,20 +58,11 @@ class Team(Protocol):
     def wait(self) -> None:
         """Say that there is nothing to do yet."""
 
-    def train(self, batch: Share, *, version: PolicyVersion) -> StepResult:
-        """Make one update."""
-
-    def logprobs(self, batch: Share, *, of_reference: bool = False) -> list[SegmentValues]:
-        """Log-probs of every tree."""
-
     def score(self, sequences: Sequence[Int32]) -> list[Float32]:
         """Log-probs of each token but the first."""
 
     def export(self, kind: str = WEIGHTS) -> Iterator[tuple[str, Any]]:
         """Full HF tensors by name."""
-
-    def keep_waiting(self, work: Callable[[], None]) -> None:
-        """Do what may take long and concerns rank 0 alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +149,7 @@ class Worker:
 
         Raises:
             DeadlineError: a batch did not come in time.
-            TreepoError: `MAX_SKIPPED` updates in a row were not finite.
+            TreepoError: in `MAX_SKIPPED` steps in a row no update was finite.
         """
         if self._version.step > 0 and self._start.newest_published < 0:
             # engines have the initial model only
@@ -271,12 +262,19 @@ class Worker:
                 step=step,
                 gap=result.logprob_gap_max,
             )
-        if result.skipped:
-            emit("alarm", alarm="update skipped: loss or gradient not finite", step=step)
-        self._num_skipped = self._num_skipped + 1 if result.skipped else 0
+        if result.num_skipped:
+            emit(
+                "alarm",
+                alarm="update skipped: loss or gradient not finite",
+                step=step,
+                skipped=result.num_skipped,
+                updates=result.num_updates,
+            )
+        is_idle = result.num_skipped == result.num_updates
+        self._num_skipped = self._num_skipped + 1 if is_idle else 0
         if self._num_skipped >= MAX_SKIPPED:
             raise TreepoError(
-                f"{MAX_SKIPPED} updates in a row had a loss or gradient that is not finite; lower learner.lr"
+                f"{MAX_SKIPPED} steps in a row had no update whose loss and gradient are finite; lower learner.lr"
             )
 
 

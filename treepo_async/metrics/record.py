@@ -33,7 +33,7 @@ STEP_NAMES = {
     "learner/masked": "masked_share",
     "learner/ess": "ess",
     "learner/microbatches": "num_microbatches",
-    "learner/skipped": "skipped",
+    "learner/skipped": "num_skipped",
     "gap/sampled_max": "logprob_gap_max",
     "gap/sampled_mean": "logprob_gap_mean",
 }

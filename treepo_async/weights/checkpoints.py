@@ -6,14 +6,15 @@ passed over and the one before it is used. Neighbours: the learner writes and lo
 `export` reads.
 
 Invariants: a checkpoint is written below a hidden name, on disk before it has its own, and never changed. One that is whole
-is only removed when `keep` newer ones are.
+is only removed when `keep` newer ones are. What cannot be removed is told of and tried again with the next save; it costs no
+checkpoint.
 """
 
 import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -32,6 +33,9 @@ from treepo_async.weights.store import (
     versions_in,
 )
 from treepo_async.weights.tensor_file import TensorFileWriter
+
+Unremoved = Callable[[OSError], None]
+"""Is told of what is too old or left over and cannot be removed."""
 
 WEIGHTS_KIND = "weights"
 """The kind of tensors that are the policy itself."""
@@ -88,13 +92,20 @@ class Checkpoint:
             ) from error
         return found
 
-    def verify(self) -> None:
-        """Compare every file with its hash.
+    def verify(self, kinds: Collection[str] | None = None) -> None:
+        """Compare files with their hashes.
+
+        Args:
+            kinds: of tensors, whose files are compared; None: all of the checkpoint.
 
         Raises:
             WeightsError: a file is missing, damaged or cannot be read.
         """
-        files = [self.folder / name for name in self.hashes]
+        names = list(self.hashes) if kinds is None else [file_of(kind) for kind in kinds]
+        for name in names:
+            if name not in self.hashes:
+                raise WeightsError(f"{self.folder} has no {name}")
+        files = [self.folder / name for name in names]
         with ThreadPoolExecutor(max(1, len(files)), thread_name_prefix="hash") as pool:
             for file, found in zip(files, pool.map(_try_hash, files), strict=True):
                 if isinstance(found, OSError):
@@ -107,15 +118,17 @@ class Checkpoint:
 class CheckpointStore:
     """Checkpoints under one folder."""
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
+    def __init__(self, folder: Path, *, keep: int, unremoved: Unremoved = lambda _: None) -> None:
         """Open.
 
         Args:
             folder: of all checkpoints; made when the first one is written.
             keep: newest checkpoints that are kept, damaged ones not counted.
+            unremoved: see `Unremoved`.
         """
         self.folder = folder
         self._keep = keep
+        self._unremoved = unremoved
         self._whole: dict[PolicyVersion, _Stamp] = {}
         """Those whose bytes were seen to be whole, as they were then."""
 
@@ -141,34 +154,50 @@ class CheckpointStore:
             raise WeightsError(f"{final} is there already and never rewritten")
         with self._told(final, temporary):
             make_folder(self.folder)
+        with self._spared():
             remove_leftovers(self.folder)
+        with self._told(final, temporary):
             temporary.mkdir()
         for kind, tensors in kinds:
             self._write(final, temporary, kind, tensors)
         apart(partial(self._publish, state, temporary, final))
         return final
 
-    def newest(self, passed_over: Callable[[WeightsError], None]) -> Checkpoint | None:
-        """The newest checkpoint that is whole, or None.
+    def newest(
+        self,
+        passed_over: Callable[[WeightsError], None],
+        *,
+        kinds: Collection[str] | None = None,
+    ) -> Checkpoint | None:
+        """The newest checkpoint that is whole, or None. The writer may be at work: what it removes meanwhile is nothing to tell of.
 
         Args:
             passed_over: is told of each newer one that is not.
+            kinds: see `Checkpoint.verify`.
         """
-        for version in reversed(self.versions()):
+        tried: set[PolicyVersion] = set()
+        # listed again each time, as newer ones may have taken the place of one that is gone
+        while left := [version for version in self.versions() if version not in tried]:
+            tried.add(left[-1])
             try:
-                return self.at(version)
+                return self.at(left[-1], kinds=kinds)
             except WeightsError as error:
-                passed_over(error)
+                if (self.folder / str(left[-1])).exists():
+                    passed_over(error)
         return None
 
-    def at(self, version: PolicyVersion) -> Checkpoint:
+    def at(self, version: PolicyVersion, *, kinds: Collection[str] | None = None) -> Checkpoint:
         """The checkpoint of a version.
+
+        Args:
+            version: of the weights.
+            kinds: see `Checkpoint.verify`.
 
         Raises:
             WeightsError: it is missing or damaged.
         """
         found = Checkpoint.read(self.folder / str(version))
-        found.verify()
+        found.verify(kinds)
         return found
 
     def versions(self) -> list[PolicyVersion]:
@@ -197,18 +226,21 @@ class CheckpointStore:
             manifest["digest"] = _digest(manifest)
             (temporary / MANIFEST_FILE).write_text(json.dumps(manifest))
             publish_folder(temporary, final)
-        self._whole[state.policy_version] = _stamp(final)
-        self._remove_old()
+        # the checkpoint is safe: nothing from here on may fail the save
+        with self._spared():
+            self._whole[state.policy_version] = _stamp(final)
+            self._remove_old()
 
     def _remove_old(self) -> None:
         """Remove what is older than the newest `keep` that are whole."""
         num_whole = 0
         for version in reversed(self.versions()):
             if num_whole >= self._keep:
-                hidden = self.folder / f".old-{version}"
-                (self.folder / str(version)).rename(hidden)
-                shutil.rmtree(hidden)
-                self._whole.pop(version, None)
+                with self._spared():
+                    hidden = self.folder / f".old-{version}"
+                    (self.folder / str(version)).rename(hidden)
+                    self._whole.pop(version, None)
+                    shutil.rmtree(hidden)
             elif self._is_whole(version):
                 num_whole += 1
 
@@ -222,6 +254,14 @@ class CheckpointStore:
         except (WeightsError, OSError):
             return False
         return True
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Tell of what cannot be removed, and go on."""
+        try:
+            yield
+        except OSError as error:
+            self._unremoved(error)
 
     @contextlib.contextmanager
     def _told(self, final: Path, temporary: Path) -> Iterator[None]:

@@ -8,7 +8,7 @@ Invariant: the folder appears by one rename, once all of it is on disk; one tens
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def export(
     """Write the weights of a checkpoint that is whole.
 
     Args:
-        checkpoint: read and verified.
+        checkpoint: read, its weights verified.
         model_dir: of the initial model, whose config.json and tokenizer the folder gets.
         folder: not there yet.
         dtype: one of `DTYPES`.
@@ -73,24 +73,40 @@ def export(
         raise WeightsError(f"{folder} is there already and never overwritten; name another folder")
     source = checkpoint.folder / file_of(WEIGHTS_KIND)
     tensors = _converted(source, dtype)
-    make_folder(folder.absolute().parent)
-    temporary = folder.with_name(f".{folder.name}.export")
-    # of an export that was killed
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        _copy_companions(model_dir, temporary, dtype)
+    shards = _shards(tensors, shard_bytes)
+
+    def fill(temporary: Path) -> None:
+        copy_companions(model_dir, temporary, dtype=dtype)
         (temporary / POLICY_FILE).write_text(f"{checkpoint.state.version}\n")
-        shards = _shards(tensors, shard_bytes)
         for name, shard in shards.items():
             _write_shard(source, temporary / name, shard)
         if len(shards) > 1:
             _write_index(temporary / INDEX_FILE, shards)
+
+    write_folder(folder, fill)
+    total = sum(num_bytes(info) for info in tensors.values())
+    return Exported(folder, checkpoint.state.policy_version, dtype, len(shards), total)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Have a flat folder appear by one rename, once everything in it is on disk.
+
+    Args:
+        folder: not there yet, or empty; folders above it are made.
+        fill: writes files into the folder it is given.
+
+    Raises:
+        OSError: something cannot be written; nothing is left, of this write or of one that was killed.
+    """
+    make_folder(folder.absolute().parent)
+    temporary = folder.with_name(f".{folder.name}.export")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        fill(temporary)
         publish_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    total = sum(num_bytes(info) for info in tensors.values())
-    return Exported(folder, checkpoint.state.policy_version, dtype, len(shards), total)
 
 
 def to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -156,8 +172,17 @@ def _write_index(file: Path, shards: Mapping[str, Mapping[str, TensorInfo]]) -> 
     file.write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_companions(model_dir: Path, folder: Path, dtype: str) -> None:
-    """Everything of the initial model but its weights; its config names the dtype of the exported ones."""
+def copy_companions(model_dir: Path, folder: Path, *, dtype: str) -> None:
+    """Copy everything of a model but its weights; the copied config names the dtype of those that stand beside it.
+
+    Args:
+        model_dir: of the model.
+        folder: to copy to.
+        dtype: as config.json spells it, e.g. `bfloat16`.
+
+    Raises:
+        OSError: config.json is missing, or something cannot be read or written.
+    """
     for pattern in COPIED:
         for file in model_dir.glob(pattern):
             if not file.name.endswith(".safetensors.index.json"):

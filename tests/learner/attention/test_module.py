@@ -129,3 +129,10 @@ def test_an_unknown_backend_ends_the_building(groups):
 
     with pytest.raises(ConfigError, match="is unknown"):
         core_attention("flax")
+
+
+def test_a_longer_pipeline_keeps_more_plans():
+    from treepo_async.learner.attention.module import core_attention
+
+    kept = [core_attention("dense", num_stages=n).params["plans"].capacity for n in (1, 8)]
+    assert kept == [4, 9]

@@ -18,7 +18,14 @@ from treepo_async.errors import ConfigError
 from treepo_async.learner.attention.cascade import CascadePlan
 from treepo_async.learner.attention.dense import DensePlan, visibility
 from treepo_async.learner.attention.flex import FlexPlan
-from treepo_async.learner.attention.plan import PlanCache, alignment, planner, resolve
+from treepo_async.learner.attention.plan import (
+    KEPT_PLANS,
+    PlanCache,
+    alignment,
+    kept_plans,
+    planner,
+    resolve,
+)
 from treepo_async.learner.packing.pack import pack
 from treepo_async.learner.packing.piece import Piece
 
@@ -271,6 +278,17 @@ def test_an_evicted_plan_is_built_again():
     for end in [*ends, ends[0]]:
         assert torch.equal(plans.of(end).mask, visibility(end))
     assert build.number == 4
+
+
+@pytest.mark.parametrize("num_stages", [1, 4, 7])
+def test_a_stage_finds_the_plan_again_behind_the_forward_passes_of_all_stages(num_stages):
+    build = Counted()
+    plans = PlanCache(build, capacity=kept_plans(num_stages))
+    ends = [chain(4 + i) for i in range(num_stages + 1)]
+    for end in [*ends, *ends]:
+        plans.of(end)
+    assert build.number == num_stages + 1
+    assert kept_plans(num_stages) >= KEPT_PLANS
 
 
 @pytest.mark.parametrize("backend", ["dense", "cascade"])

@@ -27,7 +27,7 @@ def batch(seed, *, nan_share=0.3, **kind):
 
 def total(trees, advantages, normalizer):
     """Summed weight of every token of every counted trajectory."""
-    weights = loss_weights(trees, advantages, normalizer, response_limit=16)
+    weights = loss_weights(trees, advantages, normalizer)
     return sum(
         float((level_tokens(tree) * (w if w.ndim == 2 else w[:, None]))[~np.isnan(a)].sum())
         for tree, w, a in zip(trees, weights, advantages, strict=True)
@@ -47,9 +47,9 @@ def test_the_weights_of_all_trained_tokens_add_up_to_one(normalizer, seed):
 def test_a_batch_with_nothing_counted_has_finite_weights(normalizer):
     trees, advantages = batch(1, nan_share=1.0)
     assert all(np.isnan(a).all() for a in advantages)
-    for weights in loss_weights(trees, advantages, normalizer, response_limit=16):
+    for weights in loss_weights(trees, advantages, normalizer):
         assert np.isfinite(weights).all()
-    assert loss_weights([], [], normalizer, response_limit=16) == []
+    assert loss_weights([], [], normalizer) == []
 
 
 def test_weights_of_a_small_tree_by_hand():
@@ -61,10 +61,7 @@ def test_weights_of_a_small_tree_by_hand():
     )
     tree = next(t for t in trees if [(s.parent, s.level, len(s)) for s in t.segments] == shape)
     advantages = [np.array([1.0, -1.0, 1.0, np.nan])]
-    found = {
-        name: loss_weights([tree], advantages, name, response_limit=8)[0][:3].tolist()
-        for name in NORMALIZERS
-    }
+    found = {name: loss_weights([tree], advantages, name)[0][:3].tolist() for name in NORMALIZERS}
     assert found["token_mean"] == pytest.approx([1 / 10] * 3)
     assert found["sequence_mean"] == pytest.approx([1 / 12, 1 / 12, 1 / 6])
     assert found["dr_grpo"] == pytest.approx([1 / 24] * 3)
@@ -77,11 +74,11 @@ def test_weights_of_a_small_tree_by_hand():
 @pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_weights_are_those_of_the_whole_update_and_not_of_each_tree(normalizer):
     trees, advantages = batch(3, nan_share=0.0)
-    whole = loss_weights(trees, advantages, normalizer, response_limit=16)
-    alone = loss_weights(trees[:1], advantages[:1], normalizer, response_limit=16)
+    whole = loss_weights(trees, advantages, normalizer)
+    alone = loss_weights(trees[:1], advantages[:1], normalizer)
     assert (whole[0] < alone[0]).all()
 
 
 def test_an_unknown_normalizer_is_refused():
     with pytest.raises(ConfigError, match=r"learner\.normalizer=mean is unknown"):
-        loss_weights([], [], "mean", response_limit=1)
+        loss_weights([], [], "mean")

@@ -113,12 +113,7 @@ class Case:
     def weights(self, book):
         weights = [np.ones(len(tree.leaves)) for tree in self.trees]
         if book.normalizer is not None:
-            weights = loss_weights(
-                self.trees,
-                self.advantages,
-                book.normalizer,
-                response_limit=book.response_limit,
-            )
+            weights = loss_weights(self.trees, self.advantages, book.normalizer)
         return [
             (w if w.ndim == 2 else w[:, None]) * scale
             for w, scale in zip(weights, self.scales, strict=True)
@@ -145,7 +140,7 @@ class Case:
                 batch,
                 torch.device("cpu"),
                 version=self.version,
-                proximal=self.proximal if known else (),
+                proximal=self.proximal if known else None,
                 reference=self.reference,
                 dtype=torch.float64,
             )

@@ -264,3 +264,13 @@ def test_which_estimators_have_the_mean_and_which_the_gradient_of_the_divergence
 
 def test_ppo_is_the_loss_of_the_config_by_default():
     assert LOSSES["ppo"] is ppo
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_ratio_beyond_all_bounds_leaves_no_nan_in_the_gradient(name):
+    far = torch.full((2,), 200.0, dtype=torch.float32).requires_grad_()
+    edges = edges_of([1, 1], positive=[1.0, 0.0], negative=[0.0, 1.0])
+    weight = tensor(0.0, 1.0)
+    loss = LOSSES[name](edges, far, torch.zeros(2), weight, RANGE).loss
+    (gradient,) = torch.autograd.grad(loss, far)
+    assert torch.isfinite(gradient).all()

@@ -111,10 +111,20 @@ def test_one_update_merges_into_itself():
         assert merged.by_lag.keys() == one.by_lag.keys()
 
 
-def test_one_skipped_update_makes_a_skipped_step():
+def test_a_skipped_update_is_counted_and_spoils_no_mean():
     one = result_of(FIRST, 0.1, **UPDATE)
-    assert merge([one, replace(one, skipped=True), one]).skipped
-    assert not merge([one, one]).skipped
+    spoilt = replace(one, loss=math.nan, grad_norm=math.inf, num_skipped=1)
+    merged = merge([one, spoilt, one])
+    assert (merged.num_skipped, merged.num_updates) == (1, 3)
+    assert (merged.loss, merged.grad_norm) == (one.loss, one.grad_norm)
+    assert merge([one, one]).num_skipped == 0
+
+
+def test_the_mean_gap_is_that_over_the_fresh_tokens_of_all_updates():
+    one = result_of(FIRST, 0.1, **UPDATE)
+    many = replace(one, logprob_gap_mean=0.5, num_compared_tokens=3 * one.num_compared_tokens)
+    expected = (one.logprob_gap_mean + 3 * 0.5) / 4
+    assert merge([one, many]).logprob_gap_mean == pytest.approx(expected)
 
 
 def test_a_batch_without_trained_tokens_has_no_loss_and_no_rows():

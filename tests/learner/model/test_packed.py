@@ -106,6 +106,16 @@ def test_a_microbatch_without_trained_tokens_has_a_gradient_of_zero():
     assert all(not gradient.any() for gradient in gradients_of(model).values())
 
 
+@pytest.mark.usefixtures("groups")
+def test_megatron_makes_no_rotary_table_and_the_frequencies_stay_exact():
+    from tests.learner.test_families import ours
+
+    theirs = tiny_model("qwen2", tied=False)
+    model = ours(theirs, dtype=torch.bfloat16).module.module
+    assert not hasattr(model, "rotary_pos_emb")
+    assert model.inverse_frequency.dtype is torch.float32
+
+
 @dataclass(frozen=True)
 class Case:
     """A whole family of splits of one model."""

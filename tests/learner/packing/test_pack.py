@@ -162,7 +162,7 @@ def test_what_stands_behind_the_end_of_a_leaf_is_not_read():
 def test_trajectory_tokens_are_counted_once_per_counted_leaf(seed):
     trees, advantages = forest(seed, nan_share=0.4)
     batch = lay_out(trees, advantages)
-    assert batch.num_trajectory_tokens == sum(
+    assert batch.count.sum() == sum(
         len(tree.segments[i])
         for tree, advantages_L in zip(trees, advantages, strict=True)
         for leaf, advantage in zip(tree.leaves, advantages_L, strict=True)
@@ -204,7 +204,7 @@ def token_rows(batch):
 
 @given(SEEDS)
 @settings(max_examples=60, deadline=None)
-def test_paths_lead_from_the_prompt_to_each_leaf_and_carry_its_totals(seed):
+def test_paths_lead_from_the_prompt_to_each_leaf_and_carry_its_terms(seed):
     rng = np.random.default_rng(seed)
     trees, _ = forest(seed)
     advantages = [by_level(tree, rng) for tree in trees]
@@ -213,7 +213,7 @@ def test_paths_lead_from_the_prompt_to_each_leaf_and_carry_its_totals(seed):
     pieces += pieces_of(advantages)
     batch = lay_out(trees, advantages, weights, pieces)
     expected = [(piece.tree, leaf) for piece in pieces for leaf in piece.leaves]
-    assert len(batch.trajectory_positive) == len(expected)
+    assert batch.num_trajectories == len(expected)
     for j, (t, leaf) in enumerate(expected):
         slots = batch.path_slot[batch.path_trajectory == j]
         path = trees[t].path(trees[t].leaves[leaf])
@@ -221,15 +221,10 @@ def test_paths_lead_from_the_prompt_to_each_leaf_and_carry_its_totals(seed):
         assert batch.slot_segment[slots].tolist() == list(path)
         assert batch.slot_parent[slots].tolist() == [ROOT, *slots[:-1]]
         a, w = advantages[t][leaf], weights[t][leaf]
-        levels = np.concatenate(
-            [[trees[t].segments[i].level] * len(trees[t].segments[i]) for i in path]
-        )
-        np.testing.assert_allclose(
-            batch.trajectory_positive[j], (w * np.maximum(a, 0))[levels].sum(), rtol=1e-9
-        )
-        np.testing.assert_allclose(
-            batch.trajectory_negative[j], (w * np.maximum(-a, 0))[levels].sum(), rtol=1e-9
-        )
+        levels = [trees[t].segments[i].level for i in path]
+        mine = batch.path_trajectory == j
+        np.testing.assert_allclose(batch.path_positive[mine], (w * np.maximum(a, 0))[levels])
+        np.testing.assert_allclose(batch.path_negative[mine], (w * np.maximum(-a, 0))[levels])
 
 
 def test_a_weight_multiplies_the_sums_of_its_trajectory():

@@ -11,22 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
-from treepo_async.learner.attention.plan import DENSE, PlanCache, alignment, planner
+from treepo_async.learner.attention.plan import DENSE, PlanCache, kept_plans, planner
 from treepo_async.learner.mcore import MegatronModule, ModuleSpec
 
-__all__ = ["TreeAttention", "alignment", "core_attention"]
 
-
-def core_attention(backend: str) -> ModuleSpec:
+def core_attention(backend: str, *, num_stages: int = 1) -> ModuleSpec:
     """The `core_attention` of a layer spec; all layers that are built from it share the plan of a microbatch.
 
     Args:
         backend: one of `plan.BACKENDS`.
+        num_stages: of the pipeline.
 
     Raises:
         ConfigError: there is no such backend, or not on this machine.
     """
-    return ModuleSpec(module=TreeAttention, params={"plans": PlanCache(planner(backend))})
+    plans = PlanCache(planner(backend), capacity=kept_plans(num_stages))
+    return ModuleSpec(module=TreeAttention, params={"plans": plans})
 
 
 class TreeAttention(MegatronModule):

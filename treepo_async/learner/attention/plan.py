@@ -29,7 +29,7 @@ _PLANNERS: dict[str, Callable[[Tensor], "Plan"]] = {
 }
 
 KEPT_PLANS = 4
-"""Microbatches whose plans are kept: those between whose forward and recomputation a pipeline runs others."""
+"""Fewest microbatches whose plans are kept."""
 
 
 class Plan(Protocol):
@@ -80,6 +80,11 @@ def alignment(backend: str) -> int:
     return TILE if resolve(backend) == FLEX else 1
 
 
+def kept_plans(num_stages: int) -> int:
+    """Microbatches whose plans are kept: a stage runs at most the forward of `num_stages` others before it recomputes one."""
+    return max(KEPT_PLANS, num_stages + 1)
+
+
 def planner(backend: str) -> Callable[[Tensor], Plan]:
     """What makes a plan of `end`, int32 [T] on the model's device; see `resolve` for errors."""
     return _PLANNERS[resolve(backend)]
@@ -108,6 +113,7 @@ class PlanCache:
             capacity: plans that are kept; one that is not is built again.
         """
         self.build = build
+        self.capacity = capacity
         self._kept: deque[_Kept] = deque(maxlen=capacity)
 
     def of(self, end: Tensor) -> Plan:

@@ -4,7 +4,7 @@ With n_i the tokens of trajectory i and G the number of trajectories, pruned and
 
     token_mean      1 / sum of n_i                          every token of every trajectory the same (DAPO)
     sequence_mean   1 / (G n_i)                             every trajectory the same (GRPO)
-    dr_grpo         1 / (G * response limit)                a constant, so that length has no say (Dr. GRPO)
+    dr_grpo         1 / (G * segment_tokens * max_depth)    a constant, so that length has no say (Dr. GRPO)
     unique_token    1 / (mult * U)                          every unique token the same: mult trajectories share it, and U is the number
                                                             of unique tokens
 
@@ -31,8 +31,6 @@ def loss_weights(
     trees: Sequence[Tree],
     advantages: Sequence[Float64],
     normalizer: str,
-    *,
-    response_limit: int,
 ) -> list[Float64]:
     """Weights of every tree's trajectories, [L] or [L, D] each, divided by the normalizer of all of them.
 
@@ -42,7 +40,6 @@ def loss_weights(
         trees: the batch, or the part of it that one update trains on.
         advantages: per tree [L] or [L, D]; a NaN leaves a trajectory out.
         normalizer: a name in `config.schema.NORMALIZERS`.
-        response_limit: longest response possible, in tokens (`dr_grpo`).
 
     Raises:
         ConfigError: the normalizer is unknown.
@@ -56,11 +53,18 @@ def loss_weights(
         case "sequence_mean":
             return [1 / (num_trajectories * tree.num_tokens_L) for tree in trees]
         case "dr_grpo":
-            share = 1 / (num_trajectories * response_limit)
-            return [np.full(len(tree.leaves), share) for tree in trees]
+            return [
+                np.full(len(tree.leaves), 1 / (num_trajectories * _response_limit(tree)))
+                for tree in trees
+            ]
         case "unique_token":
             return _unique(trees, counted)
     raise ConfigError(f"learner.normalizer={normalizer} is unknown")
+
+
+def _response_limit(tree: Tree) -> int:
+    """Most response tokens of a trajectory under the rules the tree grew by."""
+    return tree.sampling.segment_tokens * tree.sampling.max_depth
 
 
 def _unique(trees: Sequence[Tree], counted: Sequence[Sequence[int]]) -> list[Float64]:

@@ -47,6 +47,10 @@ class Clip:
     """Of `dppo`: largest change of a token's probability."""
 
 
+LARGEST_LOG_RATIO = 20.0
+"""In nats; ratios beyond it are held there, without a gradient."""
+
+
 class Terms(NamedTuple):
     """A policy loss over the trained tokens of a microbatch."""
 
@@ -138,7 +142,12 @@ def k3(log_ratio: Tensor) -> Tensor:
 
 
 def _ratio(theta: Tensor, anchor: Tensor) -> Tensor:
-    return torch.exp(theta - anchor.detach())
+    return _exp(theta - anchor.detach())
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    """Without an infinity, which times the gradient 0 of what is clipped or masked would be NaN."""
+    return torch.exp(log_ratio.clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
 
 
 def _upper(ratio: Tensor, clip: Clip) -> Tensor:
@@ -180,7 +189,7 @@ def _by_unit(
     length_M = slot_lengths(edges).to(log_ratio_E.dtype)
     length_U = over_unit(length_M[edges.path_slot])
     total_U = over_unit(slot_sums(edges, log_ratio_E)[edges.path_slot])
-    ratio_U = torch.exp(total_U / length_U.clamp(min=1))
+    ratio_U = _exp(total_U / length_U.clamp(min=1))
     weight_K = slot_sums(edges, weight_E.detach())[edges.path_slot]
     positive_U = over_unit(weight_K * edges.path_positive)
     negative_U = over_unit(weight_K * edges.path_negative)

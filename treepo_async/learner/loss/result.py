@@ -40,11 +40,14 @@ class StepResult:
     entropy: float
     """In nats, at the sampling temperature."""
     logprob_gap_mean: float
-    """Mean |learner - behavior| log-prob over unique tokens sampled under the version trained from with a KV cache of
-    one version; NaN where there is none."""
+    """Mean |learner - behavior| log-prob over fresh tokens, each once per piece it is in; NaN where there is none."""
     logprob_gap_max: float
-    skipped: bool
-    """Whether the weights were left as they were, because the loss or the gradient norm was not finite."""
+    num_skipped: int
+    """Updates left out, because the loss or the gradient norm was not finite."""
+    num_updates: int = 1
+    """Those included."""
+    num_compared_tokens: int = 0
+    """Fresh tokens, each once per piece it is in."""
     policy_loss: float = math.nan
     """The loss without its divergence and entropy."""
     masked_share: float = math.nan
@@ -92,7 +95,8 @@ def result_of(
         entropy=_ratio(sums["entropy"], tokens),
         logprob_gap_mean=_ratio(sums["gap"], compared),
         logprob_gap_max=gap_max if compared else math.nan,
-        skipped=skipped,
+        num_skipped=int(skipped),
+        num_compared_tokens=int(compared),
         policy_loss=sums["policy_loss"] if tokens else math.nan,
         masked_share=whole["masked"],
         ess=whole["ess"],
@@ -108,14 +112,18 @@ def loss_of(sums: Mapping[str, float]) -> float:
 
 
 def merge(results: Sequence[StepResult]) -> StepResult:
-    """The updates of one batch as one: sums added, means weighted by tokens, the largest of what is a maximum."""
+    """The updates of one batch as one.
+
+    Counts are added, means weighted by their tokens, of gaps the largest is kept; loss and gradient norm are means over the
+    updates where they are finite, the learning rate is the last one.
+    """
     last = results[-1]
 
     def total(name: str) -> int:
         return sum(map(attrgetter(name), results))
 
     def mean(name: str, weight: Callable[[StepResult], float]) -> float:
-        known = [r for r in results if not math.isnan(getattr(r, name))]
+        known = [r for r in results if math.isfinite(getattr(r, name))]
         norm = sum(map(weight, known))
         return sum(weight(r) * getattr(r, name) for r in known) / norm if norm else math.nan
 
@@ -129,21 +137,23 @@ def merge(results: Sequence[StepResult]) -> StepResult:
             "kl_behavior",
             "kl_reference",
             "entropy",
-            "logprob_gap_mean",
         )
     }
     gaps = [r.logprob_gap_max for r in results if not math.isnan(r.logprob_gap_max)]
     by_lag = _merge_tables([r.by_lag for r in results], LAGS)
     return replace(
         last,
-        loss=sum(r.loss for r in results) / len(results),
-        policy_loss=sum(r.policy_loss for r in results) / len(results),
-        grad_norm=sum(r.grad_norm for r in results) / len(results),
+        loss=mean("loss", attrgetter("num_updates")),
+        policy_loss=mean("policy_loss", attrgetter("num_updates")),
+        grad_norm=mean("grad_norm", attrgetter("num_updates")),
+        logprob_gap_mean=mean("logprob_gap_mean", attrgetter("num_compared_tokens")),
+        num_updates=total("num_updates"),
+        num_skipped=total("num_skipped"),
+        num_compared_tokens=total("num_compared_tokens"),
         num_trained_tokens=total("num_trained_tokens"),
         num_trajectory_tokens=total("num_trajectory_tokens"),
         num_microbatches=total("num_microbatches"),
         logprob_gap_max=max(gaps, default=math.nan),
-        skipped=any(r.skipped for r in results),
         ess=_merge_rows(list(by_lag.values()))["ess"],
         by_lag=by_lag,
         by_level=_merge_tables([r.by_level for r in results], LEVELS),

@@ -100,17 +100,19 @@ def build_model(
 def build_frozen(shape: ModelShape, settings: ModelSettings) -> Any:
     """`build_model`, for log-probs alone: without gradients and the buffers they are reduced in."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
-    check_split(shape, tp=tp, pp=parallel_state.get_pipeline_model_parallel_world_size())
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    check_split(shape, tp=tp, pp=pp)
     config = _transformer_config(shape, settings)
     model = PackedGPTModel(
         config=config,
-        transformer_layer_spec=_layer_spec(config, core_attention(settings.attention)),
+        transformer_layer_spec=_layer_spec(
+            config, core_attention(settings.attention, num_stages=pp)
+        ),
         vocab_size=shape.vocab_size,
         max_sequence_length=shape.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="rope",
         inverse_frequency=inverse_frequency(shape, device()),
         head_tokens=settings.head_tokens,
         with_entropy_gradient=settings.with_entropy_gradient,

@@ -39,8 +39,10 @@ class PackedGPTModel(GPTModel):
             head_tokens: trained tokens whose logits are in memory at once.
             with_entropy_gradient: whether the entropies have a gradient.
         """
-        super().__init__(*args, **kwargs)
-        self.rotary_pos_emb.inv_freq = inverse_frequency
+        # of its own rotary embedding Megatron would compute and keep a table for every length
+        super().__init__(*args, position_embedding_type="none", **kwargs)
+        # no buffer, which a bfloat16 model would round
+        self.inverse_frequency = inverse_frequency
         self.head_tokens = head_tokens
         self.with_entropy_gradient = with_entropy_gradient
         if self.post_process:
@@ -50,7 +52,12 @@ class PackedGPTModel(GPTModel):
             self.output_layer.disable_grad_reduce = True
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, *, edges: Edges
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        edges: Edges | None,
     ) -> Tensor:
         """Run this stage.
 
@@ -58,14 +65,14 @@ class PackedGPTModel(GPTModel):
             input_ids: int64 [1, T].
             position_ids: int64 [1, T], depth.
             attention_mask: `end`, int32 [1, 1, 1, T].
-            edges: the trained tokens.
+            edges: the trained tokens; None before the last stage.
 
         Returns:
             On the last stage log-probs and entropies of the trained tokens, [2, E], float32 or, of a float64 model, float64;
             before it the hidden states of this rank's tokens, [T / tp or T, 1, hidden].
         """
         hidden = super().forward(input_ids, position_ids, attention_mask)
-        return self._score(hidden, edges) if self.post_process else hidden
+        return hidden if edges is None else self._score(hidden, edges)
 
     def _score(self, hidden: Tensor, edges: Edges) -> Tensor:
         """The rows that predict a trained token, through the output layer; [2, E].
@@ -104,6 +111,6 @@ class PackedGPTModel(GPTModel):
         self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         hidden, _, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        frequency = self.rotary_pos_emb.inv_freq
+        frequency = self.inverse_frequency
         angle = position_ids.to(frequency.device).t().float()[..., None] * frequency  # [T, 1, D/2]
         return (hidden, torch.cat([angle, angle], dim=-1)[:, :, None, :], *rest)

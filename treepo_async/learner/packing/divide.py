@@ -166,7 +166,7 @@ def _part(batch: Share, microbatches: Sequence[Sequence[Piece]]) -> Share:
     place = {tree: i for i, tree in enumerate(chosen)}
 
     def take(values: Sequence[Any]) -> tuple[Any, ...]:
-        return tuple(values[i] for i in chosen) if values else ()
+        return tuple(values[i] for i in chosen)
 
     return Share(
         trees=take(batch.trees),
@@ -176,7 +176,7 @@ def _part(batch: Share, microbatches: Sequence[Sequence[Piece]]) -> Share:
             tuple(replace(piece, tree=place[piece.tree]) for piece in pieces)
             for pieces in microbatches
         ),
-        proximal=take(batch.proximal),
-        reference=take(batch.reference),
+        proximal=None if batch.proximal is None else take(batch.proximal),
+        reference=None if batch.reference is None else take(batch.reference),
         bounds=batch.bounds,
     )

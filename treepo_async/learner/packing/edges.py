@@ -63,10 +63,6 @@ class Edges:
     """[K], w * max(A, 0) of the trajectory at the slot, for each of its tokens."""
     path_negative: Tensor
     """[K], w * max(-A, 0)."""
-    trajectory_positive: Tensor
-    """[J], P summed over the path."""
-    trajectory_negative: Tensor
-    """[J], N summed over the path."""
 
     @property
     def num_slots(self) -> int:
@@ -80,8 +76,8 @@ class Edges:
         device: torch.device,
         *,
         version: PolicyVersion | None = None,
-        proximal: Sequence[SegmentValues] = (),
-        reference: Sequence[SegmentValues] = (),
+        proximal: Sequence[SegmentValues] | None = None,
+        reference: Sequence[SegmentValues] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
         """Move the trained tokens of a microbatch to the device.
@@ -90,7 +86,7 @@ class Edges:
             batch: the microbatch.
             device: of the model.
             version: trained from; None: no token is fresh, and none has a known lag.
-            proximal: per packed tree; none: not computed.
+            proximal: per packed tree; None: not computed.
             reference: as `proximal`.
             dtype: of everything that is no index.
         """
@@ -98,6 +94,9 @@ class Edges:
         def place(values: np.ndarray) -> Tensor:
             found = torch.from_numpy(np.ascontiguousarray(values)).to(device)
             return found.to(dtype) if found.is_floating_point() else found
+
+        def known(values: Sequence[SegmentValues] | None) -> Tensor | None:
+            return None if values is None else place(edge_values(batch, values))
 
         lag = _lag(batch, version)
         return cls(
@@ -109,8 +108,8 @@ class Edges:
             weight=place(batch.weight),
             count=place(batch.count),
             behavior_logprobs=place(batch.behavior_logprobs),
-            proximal_logprobs=place(edge_values(batch, proximal)) if proximal else None,
-            reference_logprobs=place(edge_values(batch, reference)) if reference else None,
+            proximal_logprobs=known(proximal),
+            reference_logprobs=known(reference),
             is_fresh=place((lag == 0) & ~batch.mixed_context),
             lag=place(lag),
             level=place(batch.level.astype(np.int64)),
@@ -120,8 +119,6 @@ class Edges:
             path_slot=place(batch.path_slot),
             path_positive=place(batch.path_positive),
             path_negative=place(batch.path_negative),
-            trajectory_positive=place(batch.trajectory_positive),
-            trajectory_negative=place(batch.trajectory_negative),
         )
 
 

@@ -141,10 +141,3 @@ class Geometry:
         sums_M = np.zeros(len(self.parent_M))
         np.add.at(sums_M, self.path_slot_K, self.along(terms_JD))
         return sums_M
-
-    def totals(self, terms_JD: Float64) -> Float64:
-        """Sum over the tokens of each leaf's path of its terms at their levels, [J]."""
-        totals_J = np.zeros(len(terms_JD))
-        terms_K = self.along(terms_JD)
-        np.add.at(totals_J, self.path_leaf_K, terms_K * self.length_M[self.path_slot_K])
-        return totals_J

@@ -7,8 +7,10 @@ the pieces, `attention` reads `end`, the losses read the floats per trained toke
 Invariant: `k` is on the path of `q` exactly when `k <= q < end[k]`; `geometry` says why.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -80,10 +82,6 @@ class PackedBatch:
     """[K], w * max(A, 0) of that trajectory at that slot, for each of its tokens."""
     path_negative: Float64
     """[K], w * max(-A, 0)."""
-    trajectory_positive: Float64
-    """[J], sum of w * max(A, 0) over the tokens of each trajectory."""
-    trajectory_negative: Float64
-    """[J], sum of w * max(-A, 0) over the tokens of each trajectory."""
 
     @property
     def num_tokens(self) -> int:
@@ -96,9 +94,14 @@ class PackedBatch:
         return len(self.target)
 
     @property
-    def num_trajectory_tokens(self) -> int:
-        """Trained tokens counted once per trajectory they belong to."""
-        return int(self.count.sum(dtype=np.float64))
+    def num_slots(self) -> int:
+        """M."""
+        return len(self.slot_tree)
+
+    @property
+    def num_trajectories(self) -> int:
+        """J."""
+        return int(self.path_trajectory[-1]) + 1 if len(self.path_trajectory) else 0
 
     def segments(self) -> Iterator[tuple[int, int, slice]]:
         """Yield (tree, segment, its slice of the E axis) for every slot; a segment may have several, in as many pieces."""
@@ -108,16 +111,19 @@ class PackedBatch:
             yield int(self.slot_tree[slot]), int(self.slot_segment[slot]), slice(start, stop)
 
 
-SHIFTED: dict[str, str] = {
-    "end": "input_ids",
-    "prev": "input_ids",
-    "target": "input_ids",
-    "slot": "slot_tree",
-    "slot_parent": "slot_tree",
-    "path_slot": "slot_tree",
-    "path_trajectory": "trajectory_positive",
-}
-"""Fields that hold indices, and a field on the axis they point into: they move with the place of a piece in its microbatch."""
+SHIFTED: Mapping[str, Callable[[PackedBatch], int]] = MappingProxyType(
+    {
+        "end": attrgetter("num_tokens"),
+        "prev": attrgetter("num_tokens"),
+        "target": attrgetter("num_tokens"),
+        "slot": attrgetter("num_slots"),
+        "slot_parent": attrgetter("num_slots"),
+        "path_slot": attrgetter("num_slots"),
+        "path_trajectory": attrgetter("num_trajectories"),
+    }
+)
+"""Fields that hold indices, and the length of the axis they point into: they move with the place of a piece in its
+microbatch."""
 
 
 def pack(
@@ -160,11 +166,6 @@ def pack_sequences(
     layouts = [_lay_out_sequence(token_ids, i) for i, token_ids in enumerate(sequences)]
     groups = next_fit([layout.num_tokens for layout in layouts], budget_tokens)
     return [_pad(_concatenate([layouts[i] for i in group]), align) for group in groups]
-
-
-def num_packed_tokens(tree: Tree) -> int:
-    """Tokens that a tree takes on the `T` axis: its prompt, and every segment once."""
-    return len(tree.prompt.token_ids) + sum(len(segment) for segment in tree.segments)
 
 
 def next_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
@@ -249,8 +250,6 @@ def _lay_out(tree: Tree, advantages: Float64, weights: Float64, piece: Piece) ->
         path_slot=place.path_slot_K,
         path_positive=place.along(positive_JD),
         path_negative=place.along(negative_JD),
-        trajectory_positive=place.totals(positive_JD),
-        trajectory_negative=place.totals(negative_JD),
     )
 
 
@@ -285,8 +284,6 @@ def _lay_out_sequence(token_ids: Int32, tree_index: int) -> PackedBatch:
         path_slot=one,
         path_positive=one.astype(np.float64),
         path_negative=one.astype(np.float64),
-        trajectory_positive=one.astype(np.float64),
-        trajectory_negative=one.astype(np.float64),
     )
 
 
@@ -294,8 +291,8 @@ def _concatenate(layouts: Sequence[PackedBatch]) -> PackedBatch:
     columns: dict[str, NDArray[Any]] = {}
     for field in fields(PackedBatch):
         values = [getattr(layout, field.name) for layout in layouts]
-        if axis := SHIFTED.get(field.name):
-            sizes = [len(getattr(layout, axis)) for layout in layouts]
+        if length_of := SHIFTED.get(field.name):
+            sizes = [length_of(layout) for layout in layouts]
             shifts = np.cumsum([0, *sizes[:-1]])
             values = [
                 np.where(value == ROOT, ROOT, value + shift)

@@ -29,10 +29,10 @@ class Share:
     """Per tree [L] or [L, D], divided by the normalizer of the batch."""
     microbatches: tuple[tuple[Piece, ...], ...] = ()
     """A piece's `tree` is an index into `trees`; an empty microbatch trains nothing."""
-    proximal: tuple[SegmentValues, ...] = ()
-    """Per tree, log-probs under the weights at the start of the batch; none: not known."""
-    reference: tuple[SegmentValues, ...] = ()
-    """Per tree, log-probs under the reference policy; none: not known."""
+    proximal: tuple[SegmentValues, ...] | None = None
+    """Per tree, log-probs under the weights at the start of the batch; None: not computed."""
+    reference: tuple[SegmentValues, ...] | None = None
+    """Per tree, log-probs under the reference policy; None: not computed."""
     bounds: Bounds = field(default_factory=Bounds)
 
     def __post_init__(self) -> None:

@@ -27,15 +27,15 @@ def share_to_bytes(share: Share) -> bytes:
             "microbatches": [[asdict(p) for p in pieces] for pieces in share.microbatches],
             "advantages": [values.shape for values in share.advantages],
             "weights": [values.shape for values in share.weights],
-            "has_proximal": bool(share.proximal),
-            "has_reference": bool(share.reference),
+            "has_proximal": share.proximal is not None,
+            "has_reference": share.reference is not None,
             "bounds": asdict(share.bounds),
             "frames": [[len(frame) for frame in tree] for tree in frames],
         }
     ).encode()
     parts = [len(header).to_bytes(8, "little"), header]
     parts += [np.asarray(v, np.float64).tobytes() for v in (*share.advantages, *share.weights)]
-    parts += [values_to_bytes(v) for v in (*share.proximal, *share.reference)]
+    parts += [values_to_bytes(v) for v in (*(share.proximal or ()), *(share.reference or ()))]
     return b"".join([*parts, *(frame for tree in frames for frame in tree)])
 
 
@@ -55,8 +55,8 @@ def share_from_bytes(data: bytes) -> Share:
             tuple(Piece(p["tree"], tuple(p["leaves"])) for p in pieces)
             for pieces in header["microbatches"]
         ),
-        proximal=cursor.take_values(trees if header["has_proximal"] else ()),
-        reference=cursor.take_values(trees if header["has_reference"] else ()),
+        proximal=cursor.take_values(trees) if header["has_proximal"] else None,
+        reference=cursor.take_values(trees) if header["has_reference"] else None,
         bounds=Bounds(**header["bounds"]),
     )
 
