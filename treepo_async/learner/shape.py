@@ -1,6 +1,6 @@
 """The sizes of a supported model, read from its config.json, and whether a layout fits them; imports no torch.
 
-Neighbours: the driver checks before anything starts, `model` builds, `hf` cuts and joins by it.
+Neighbours: the driver checks before anything starts, `model.gpt` builds, `model.hf` cuts and joins by it.
 
 Invariant: what the model would compute differently from the checkpoint's own code is refused by name, never ignored.
 """

@@ -1,7 +1,7 @@
 """Attention of a packed forest, as a Megatron module.
 
 `core_attention` goes into the layer spec where Megatron's own attention stood. Neighbours: `plan` has the backends,
-`pack` makes `end`, `model` builds the spec.
+`pack` makes `end`, `gpt` builds the spec.
 
 Invariant: `end` travels as an int32 tensor in Megatron's `attention_mask` slot, so activation recompute saves it and every
 pipeline stage has it. What a module knows of a forest is in the plan cache that the layers share, found by that tensor.

@@ -1,6 +1,6 @@
 """A GPTModel for a packed forest: rotary embedding by depth, log-probs of the trained tokens instead of logits.
 
-Neighbours: `pack` makes `position_ids` and the trained tokens, `model` builds it, `step` calls it. Axis letters: `T` packed
+Neighbours: `pack` makes `position_ids` and the trained tokens, `gpt` builds it, `step` calls it. Axis letters: `T` packed
 tokens, `E` trained tokens.
 
 Invariant: the output layer sees one row per trained token, and never more than `head_tokens` rows at once.

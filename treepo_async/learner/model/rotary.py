@@ -1,4 +1,4 @@
-"""The rotary embedding's frequencies, plain and as Llama 3.1 stretches them. Neighbours: `shape` has the constants, `model` asks."""
+"""The rotary embedding's frequencies, plain and as Llama 3.1 stretches them. Neighbours: `shape` has the constants, `gpt` asks."""
 
 import math
 
