@@ -1,6 +1,5 @@
 """From the words behind `bench.py sampling` to the cells of a sweep."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -9,6 +8,7 @@ from pathlib import Path
 from treepo_async.bench.cells import Cell, Stop
 from treepo_async.bench.model import HIDDEN_STEP, MAX_CONTEXT
 from treepo_async.bench.shapes import paths_per_level, reaches_width
+from treepo_async.bench.words import read_words
 from treepo_async.errors import ConfigError
 
 DEFAULTS = {
@@ -45,7 +45,7 @@ def parse(words: Sequence[str]) -> SamplingOptions:
     Raises:
         ConfigError: an unknown key, a value that is no number or no list of numbers, or a cell that cannot be measured.
     """
-    values = DEFAULTS | dict(_pair(word) for word in words)
+    values = DEFAULTS | read_words(words, DEFAULTS)
     swept = {key: _numbers(key, values[key]) for key in SWEPT}
     single = {k: _number(k, values[k]) for k in ("prompts", "layers", "hidden", "running")}
     stop = _stop(values["stop"])
@@ -56,17 +56,6 @@ def parse(words: Sequence[str]) -> SamplingOptions:
     for cell in cells:
         _check(cell)
     return SamplingOptions(cells, _number("pairs", values["pairs"]), Path(values["out"]))
-
-
-def _pair(word: str) -> tuple[str, str]:
-    key, equals, value = word.partition("=")
-    if key not in DEFAULTS:
-        near = difflib.get_close_matches(key, DEFAULTS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(DEFAULTS)}"
-        raise ConfigError(f"{word}: unknown key {key}; {hint}")
-    if not (equals and value):
-        raise ConfigError(f"{word}: {key} has no value, write e.g. {key}={DEFAULTS[key]}")
-    return key, value
 
 
 def _numbers(key: str, text: str) -> list[int]:

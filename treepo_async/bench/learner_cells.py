@@ -1,12 +1,12 @@
 """What is measured of the learner, and the words behind `bench.py learner` that say so. Imports nothing but the standard library."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import StrEnum
 from itertools import product
 from pathlib import Path
 
+from treepo_async.bench.words import read_words
 from treepo_async.errors import ConfigError
 
 
@@ -108,7 +108,7 @@ def parse(words: Sequence[str]) -> LearnerOptions:
     Raises:
         ConfigError: an unknown key, a value that is not one, or a tree that cannot be made.
     """
-    given = dict(_pair(word) for word in words)
+    given = read_words(words, {key: value or "FILE" for key, value in DEFAULTS.items()})
     values = DEFAULTS | given
     for key, choices in CHOICES.items():
         _one_of(key, values[key], choices)
@@ -158,17 +158,6 @@ def _made(values: Mapping[str, str]) -> list[_Point]:
 def row_of(cell: LearnerCell) -> dict[str, object]:
     """A cell as columns of a table."""
     return asdict(cell)
-
-
-def _pair(word: str) -> tuple[str, str]:
-    key, equals, value = word.partition("=")
-    if key not in DEFAULTS:
-        near = difflib.get_close_matches(key, DEFAULTS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the keys are {', '.join(DEFAULTS)}"
-        raise ConfigError(f"{word}: unknown key {key}; {hint}")
-    if not (equals and value):
-        raise ConfigError(f"{word}: {key} has no value, write e.g. {key}={DEFAULTS[key] or 'FILE'}")
-    return key, value
 
 
 def _list(text: str) -> list[str]:

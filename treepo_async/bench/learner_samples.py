@@ -4,14 +4,13 @@ The file is only ever appended to, all ways of a round at once, so that a sweep 
 Rounds of other code or another device stay in the file, and count for nothing.
 """
 
-import csv
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
 from treepo_async.bench.learner_cells import CELL_FIELDS, LearnerCell, Way, row_of
-from treepo_async.errors import DataError
+from treepo_async.bench.rows import append_rows, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +71,7 @@ COLUMNS = (*CELL_FIELDS, *_MEASURED)
 
 def append(file: Path, samples: Iterable[LearnerSample]) -> None:
     """Add rows, after a header if the file is new."""
-    is_new = not file.exists()
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(_row(sample) for sample in samples)
+    append_rows(file, COLUMNS, map(_row, samples))
 
 
 def read(file: Path) -> list[LearnerSample]:
@@ -86,11 +80,13 @@ def read(file: Path) -> list[LearnerSample]:
     Raises:
         DataError: a line that `append` did not write.
     """
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines(keepends=True)
-    reader = csv.DictReader(lines)
-    return [_sample(row, f"{file} line {n}", lines[n - 1]) for n, row in enumerate(reader, start=2)]
+    types = {name: _TYPES[name] for name in COLUMNS}
+    return [
+        LearnerSample(
+            cell=LearnerCell(**{name: values.pop(name) for name in CELL_FIELDS}), **values
+        )
+        for values in read_rows(file, types)
+    ]
 
 
 def rounds_of(
@@ -106,15 +102,3 @@ def rounds_of(
 
 def _row(sample: LearnerSample) -> dict[str, object]:
     return {**row_of(sample.cell), **{name: getattr(sample, name) for name in _MEASURED}}
-
-
-def _sample(row: dict[str, str], place: str, line: str) -> LearnerSample:
-    way_out = "remove it, or take another out="
-    if not line.endswith("\n"):
-        raise DataError(f"{place} was cut off; {way_out}")
-    try:
-        values = {name: _TYPES[name](row[name]) for name in COLUMNS}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{place} is no sample ({error!r}); {way_out}") from error
-    cell = LearnerCell(**{name: values.pop(name) for name in CELL_FIELDS})
-    return LearnerSample(cell=cell, **values)

@@ -4,14 +4,13 @@ The file is only ever appended to, both arms of a pair at once, so that a sweep 
 whole pair. Columns are the cell's settings, the counts below, and figures that follow from them for the reader.
 """
 
-import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import get_type_hints
 
 from treepo_async.bench.cells import CELL_FIELDS, Arm, Cell
-from treepo_async.errors import DataError
+from treepo_async.bench.rows import append_rows, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +103,7 @@ COLUMNS = (*CELL_FIELDS, *_MEASURED, *DERIVED)
 
 def append(file: Path, samples: Iterable[Sample]) -> None:
     """Add rows, after a header if the file is new."""
-    is_new = not file.exists()
-    with file.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(_row(sample) for sample in samples)
+    append_rows(file, COLUMNS, map(_row, samples))
 
 
 def read(file: Path) -> list[Sample]:
@@ -118,25 +112,13 @@ def read(file: Path) -> list[Sample]:
     Raises:
         DataError: a line that `append` did not write.
     """
-    if not file.exists():
-        return []
-    lines = file.read_text().splitlines(keepends=True)
-    reader = csv.DictReader(lines)
-    return [_sample(row, f"{file} line {n}", lines[n - 1]) for n, row in enumerate(reader, start=2)]
+    types = {name: _TYPES[name] for name in (*CELL_FIELDS, *_MEASURED)}
+    return [
+        Sample(cell=Cell(**{name: values.pop(name) for name in CELL_FIELDS}), **values)
+        for values in read_rows(file, types)
+    ]
 
 
 def _row(sample: Sample) -> dict[str, object]:
     measured = {name: getattr(sample, name) for name in (*_MEASURED, *DERIVED)}
     return {**asdict(sample.cell), **measured}
-
-
-def _sample(row: dict[str, str], place: str, line: str) -> Sample:
-    way_out = "remove it, or take another out="
-    if not line.endswith("\n"):
-        raise DataError(f"{place} was cut off; {way_out}")
-    try:
-        values = {name: _TYPES[name](row[name]) for name in (*CELL_FIELDS, *_MEASURED)}
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{place} is no sample ({error!r}); {way_out}") from error
-    cell = Cell(**{name: values.pop(name) for name in CELL_FIELDS})
-    return Sample(cell=cell, **values)
