@@ -17,7 +17,7 @@ from treepo_async.errors import ConfigError
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.checkpoints import CheckpointStore
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(280)]
 
 NUM_BEFORE, NUM_AFTER = 2, 2
 """Updates before the checkpoint, and after it."""
@@ -137,7 +137,7 @@ def folder(tmp_path_factory):
     )
     whole = [Case(Layout.parse(layout), found) for layout in LAYOUTS]
     whole += [Case(Layout.parse(x), found, dtype="bfloat16") for x in BFLOAT16_LAYOUTS]
-    Ranks(train, whole, deadline_s=80).wait()
+    Ranks(train, whole, deadline_s=120).wait()
     whole, rounded = whole[: len(LAYOUTS)], whole[len(LAYOUTS) :]
     resumed = [replace(case, resumes=layout) for case in whole for layout in WRITTEN_IN]
     resumed += [
@@ -151,7 +151,7 @@ def folder(tmp_path_factory):
     ]
     controls += [replace(rounded[0], resumes="tp1", spoil="master-weights-rounded")]
     resumed += [replace(a, resumes=str(b.layout)) for a in rounded for b in rounded]
-    Ranks(train, [*resumed, *controls], deadline_s=80).wait()
+    Ranks(train, [*resumed, *controls], deadline_s=120).wait()
     return found
 
 
