@@ -7,8 +7,9 @@ Invariant: every counted trajectory is in exactly one piece of exactly one repli
 microbatches, as the pipeline schedule demands; what is short is an empty microbatch, which trains nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from treepo_async.errors import ConfigError
@@ -16,8 +17,7 @@ from treepo_async.learner.packing.balance import SLACK, Item, Plan, balance
 from treepo_async.learner.packing.cost import CostModel, load_of
 from treepo_async.learner.packing.piece import Piece, counted_leaves
 from treepo_async.learner.packing.share import Share
-from treepo_async.learner.packing.split import row_of, split
-from treepo_async.types import Tree
+from treepo_async.learner.packing.split import Row, row_of, split
 
 PACKINGS = ("auto", "tree", "flat")
 """`learner.packing`."""
@@ -55,18 +55,29 @@ def divide(
     Raises:
         ConfigError: the packing is unknown.
     """
+    if packing not in PACKINGS:
+        raise ConfigError(
+            f"learner.packing={packing!r} is unknown; it is one of {', '.join(PACKINGS)}"
+        )
     weigh = cost or CostModel()
     if packing != "auto":
         # where the packing is given, pieces that share less must not look cheaper for having fewer nodes
         weigh = replace(weigh, per_node=0.0)
+    counted = [counted_leaves(values) for values in batch.advantages]
+    rows = {i: row_of(batch.trees[i], leaves) for i, leaves in enumerate(counted) if leaves}
+
+    @cache
+    def weighed(piece: Piece) -> Item:
+        load = load_of(batch.trees[piece.tree], piece.leaves)
+        return Item(load.tokens, weigh.cost(load), piece.tree)
 
     def draft(piece_tokens: int) -> _Draft:
-        pieces = _cut_all(batch, piece_tokens, packing, weigh)
-        loads = [load_of(batch.trees[piece.tree], piece.leaves) for piece in pieces]
-        items = [
-            Item(load.tokens, weigh.cost(load), piece.tree)
-            for piece, load in zip(pieces, loads, strict=True)
+        pieces = [
+            piece
+            for tree, row in rows.items()
+            for piece in _cut(tree, row, piece_tokens, packing, weighed)
         ]
+        items = [weighed(piece) for piece in pieces]
         plan = balance(
             items, num_replicas=num_replicas, num_stages=num_stages, budget_tokens=budget_tokens
         )
@@ -117,47 +128,29 @@ def _join(pieces: Sequence[Piece], joined: set[int]) -> list[Piece]:
     return found
 
 
-def _cut_all(batch: Share, piece_tokens: int, packing: str, cost: CostModel) -> list[Piece]:
-    return [
-        Piece(index, leaves)
-        for index, (tree, values) in enumerate(zip(batch.trees, batch.advantages, strict=True))
-        for leaves in cut(tree, counted_leaves(values), piece_tokens, packing, cost)
-    ]
-
-
-def cut(
-    tree: Tree, leaves: Sequence[int], budget_tokens: int, packing: str, cost: CostModel
-) -> list[tuple[int, ...]]:
-    """The leaves of each piece of a tree; none without leaves.
+def _cut(
+    tree: int,
+    row: Row,
+    piece_tokens: int,
+    packing: str,
+    weighed: Callable[[Piece], Item],
+) -> list[Piece]:
+    """The pieces of a tree.
 
     Args:
-        tree: any.
-        leaves: the counted ones, indices into its `leaves`.
-        budget_tokens: most tokens of a piece of more than one leaf.
-        packing: see `divide`.
-        cost: what `auto` compares.
-
-    Raises:
-        ConfigError: the packing is unknown.
+        tree: its index.
+        row: its counted leaves.
+        piece_tokens: most tokens of a piece of more than one leaf.
+        packing: one of `PACKINGS`.
+        weighed: what `auto` compares.
     """
-    if packing not in PACKINGS:
-        raise ConfigError(
-            f"learner.packing={packing!r} is unknown; it is one of {', '.join(PACKINGS)}"
-        )
-    if not leaves:
-        return []
-    row = row_of(tree, leaves)
-    flat: list[tuple[int, ...]] = [(leaf,) for leaf in row.leaves]
+    flat = [Piece(tree, (leaf,)) for leaf in row.leaves]
     if packing == "flat":
         return flat
-    together = split(row, budget_tokens)
+    together = [Piece(tree, leaves) for leaves in split(row, piece_tokens)]
     if packing == "tree":
         return together
-
-    def total(pieces: Sequence[tuple[int, ...]]) -> float:
-        return sum(cost.cost(load_of(tree, piece)) for piece in pieces)
-
-    return min((together, flat), key=total)
+    return min((together, flat), key=lambda pieces: sum(weighed(p).cost for p in pieces))
 
 
 def _part(batch: Share, microbatches: Sequence[Sequence[Piece]]) -> Share:
