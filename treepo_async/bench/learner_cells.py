@@ -7,6 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from treepo_async.bench.words import read_words
+from treepo_async.config.schema import ATTENTIONS, DTYPES, RECOMPUTES
 from treepo_async.errors import ConfigError
 
 
@@ -86,9 +87,9 @@ DEFAULTS = {
 SWEPT = ("branching", "width", "depth", "segment", "prompt")
 """Keys that take a list: the sweep is over all combinations, the first key slowest."""
 CHOICES = {
-    "dtype": ("float32", "bfloat16"),
-    "attention": ("auto", "dense", "cascade", "flex"),
-    "recompute": ("none", "selective", "full"),
+    "dtype": DTYPES,
+    "attention": ATTENTIONS,
+    "recompute": RECOMPUTES,
 }
 
 

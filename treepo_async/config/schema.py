@@ -64,6 +64,14 @@ MASKS = ("geometric", "window", "k3", "veto_token", "veto_segment", "veto_subtre
 """Rules that leave tokens out; `learner.loss.mask` says what each is."""
 PROXIMALS = ("auto", "current", "recomputed", "interpolated")
 """What the clip range is centred on; `learner.loss.proximal` says what each is."""
+DTYPES = ("float32", "bfloat16")
+"""Of engine and learner."""
+PACKINGS = ("auto", "tree", "flat")
+"""How trees are cut into pieces; `learner.packing.divide` says what each is."""
+ATTENTIONS = ("auto", "dense", "cascade", "flex")
+"""Backends of the learner's attention; `learner.attention.plan` has them."""
+RECOMPUTES = ("none", "selective", "full")
+"""Activations computed again; `learner.model.gpt` says what Megatron is told."""
 KL_ESTIMATORS = ("k1", "k2", "k3")
 """Of the divergence to the reference policy; `learner.loss.policy` says what each is."""
 
@@ -78,7 +86,7 @@ class ModelConfig:
     dtype: str = knob(
         "float32",
         "of the engine and the learner; with bfloat16 the learner keeps float32 master weights",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
     )
 
 
@@ -424,17 +432,17 @@ class LearnerConfig:
         "auto",
         "tree (what trajectories share is computed once), flat (each trajectory by itself), auto: the one that costs "
         "less for a tree",
-        choices=("auto", "tree", "flat"),
+        choices=PACKINGS,
     )
     attention: str = knob(
         "auto",
         "dense (any device, memory quadratic in a microbatch), cascade (CPU), flex (CUDA); auto by device",
-        choices=("auto", "dense", "cascade", "flex"),
+        choices=ATTENTIONS,
     )
     recompute: str = knob(
         "none",
         "activations computed again in the backward pass: none, selective (attention), full (whole layers)",
-        choices=("none", "selective", "full"),
+        choices=RECOMPUTES,
     )
     head_tokens: int = knob(4096, "trained tokens whose logits are in memory at once", at_least=1)
     microbatch_tokens: int = knob(

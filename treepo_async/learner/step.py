@@ -78,7 +78,7 @@ class Learner:
         self._dtype = torch.promote_types(torch.float32, next(model.parameters()).dtype)
         """Of everything that is computed from log-probs."""
         self.packing = "tree"
-        """How trees are cut for it: a name in `divide.PACKINGS`."""
+        """How trees are cut for it: a name in `config.schema.PACKINGS`."""
         self.cost = CostModel()
         """What its microbatches are evened out by."""
 

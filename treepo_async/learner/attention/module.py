@@ -19,7 +19,7 @@ def core_attention(backend: str, *, num_stages: int = 1) -> ModuleSpec:
     """The `core_attention` of a layer spec; all layers that are built from it share the plan of a microbatch.
 
     Args:
-        backend: one of `plan.BACKENDS`.
+        backend: one of `config.schema.ATTENTIONS`.
         num_stages: of the pipeline.
 
     Raises:

@@ -16,12 +16,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from treepo_async.config.schema import ATTENTIONS
 from treepo_async.errors import ConfigError
 from treepo_async.learner.attention.cascade import CascadePlan
 from treepo_async.learner.attention.dense import DensePlan
 from treepo_async.learner.attention.flex import TILE, FlexPlan
 
-AUTO, DENSE, CASCADE, FLEX = BACKENDS = ("auto", "dense", "cascade", "flex")
+AUTO, DENSE, CASCADE, FLEX = ATTENTIONS
 _PLANNERS: dict[str, Callable[[Tensor], "Plan"]] = {
     DENSE: DensePlan,
     CASCADE: CascadePlan,
@@ -56,9 +57,9 @@ def resolve(backend: str) -> str:
     Raises:
         ConfigError: there is no such backend, or not on this machine.
     """
-    if backend not in BACKENDS:
+    if backend not in ATTENTIONS:
         raise ConfigError(
-            f"learner.attention={backend!r} is unknown; it is one of {', '.join(BACKENDS)}"
+            f"learner.attention={backend!r} is unknown; it is one of {', '.join(ATTENTIONS)}"
         )
     on_cuda = torch.cuda.is_available()
     if backend == AUTO:

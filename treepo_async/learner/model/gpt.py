@@ -67,7 +67,7 @@ class ModelSettings:
     dtype: torch.dtype = torch.float32
     """Of weights and activations. With bfloat16 gradients are added up and reduced in float32."""
     attention: str = "auto"
-    """One of `attention.plan.BACKENDS`."""
+    """One of `config.schema.ATTENTIONS`."""
     recompute: str = "none"
     """A name in `RECOMPUTE`."""
     head_tokens: int = HEAD_TOKENS

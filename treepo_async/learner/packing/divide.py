@@ -12,15 +12,13 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from treepo_async.config.schema import PACKINGS
 from treepo_async.errors import ConfigError
 from treepo_async.learner.packing.balance import SLACK, Item, Plan, balance
 from treepo_async.learner.packing.cost import CostModel, load_of
 from treepo_async.learner.packing.piece import Piece, counted_leaves
 from treepo_async.learner.packing.share import Share
 from treepo_async.learner.packing.split import Row, row_of, split
-
-PACKINGS = ("auto", "tree", "flat")
-"""`learner.packing`."""
 
 MOST_HALVINGS = 3
 """How often the largest piece is halved in search of a shorter update."""
