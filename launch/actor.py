@@ -1,5 +1,6 @@
 """`python launch/actor.py data=IN out=OUT [model=PATH] [key=value ...]`: trees of all prompts of a file, without training.
 
+`python launch/actor.py join=RUN_DIR [actors=N]`: N more actors of a training run, for as long as both last.
 `--help` lists every key. The same command again goes on where it stopped, however it stopped. Nothing heavy is imported
 before the command line has been checked.
 """
@@ -18,20 +19,31 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from launch.run import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_STOPPED, progress_bar
 from treepo_async.config.command_line import describe_generation, parse_generation
 from treepo_async.config.schema import GenerateConfig
-from treepo_async.errors import ConfigError, DataError, TreepoError
+from treepo_async.errors import ConfigError, DataError, RoleError, TreepoError
 
 if TYPE_CHECKING:
     from treepo_async.actor.standalone import Standalone
+
+JOIN = "join="
+JOIN_HELP = """
+  join=RUN_DIR                 instead of all the above: be actors of a training run that goes on, until it ends or
+                               Ctrl-C; with actors=N so many (default 1)"""
+MAX_GUESTS = 256
 
 
 def main(words: list[str]) -> int:
     """Generate, and say how it ended. Gives the exit code."""
     if "--help" in words or "-h" in words:
         print(describe_generation())
+        print(JOIN_HELP)
         return 0
     _open_closed_streams()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # also where a shell started this in the background, and so had it ignore Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
+        if any(word.startswith(JOIN) for word in words):
+            return join(words)
         return generate(parse_generation(words), words)
     except (ConfigError, DataError, OSError) as error:
         _complain(f"error: {_reason(error)}")
@@ -39,6 +51,40 @@ def main(words: list[str]) -> int:
     except KeyboardInterrupt:
         _complain("stopped before the first tree")
         return EXIT_STOPPED
+
+
+def join(words: list[str]) -> int:
+    """Be actors of a run that goes on elsewhere. Gives the exit code: 0 after Ctrl-C, and when the run ends."""
+    from treepo_async.cluster.join import Guests, accept, guests
+    from treepo_async.cluster.ray_cluster import make_importable
+
+    run_dir, number = _parse_join(words)
+    invitation = accept(run_dir)
+    make_importable()
+    party = Guests(
+        run_dir, invitation, guests(invitation, number), lambda line: print(line, flush=True)
+    )
+    try:
+        print(party.run())
+    except KeyboardInterrupt:
+        print("left; their leases went back to the run")
+    except RoleError as error:
+        _complain(f"error: {error}\n{error.tail}")
+        return EXIT_FAILED
+    return 0
+
+
+def _parse_join(words: list[str]) -> tuple[Path, int]:
+    found = dict(word.partition("=")[::2] for word in words)
+    other = sorted(found.keys() - {"join", "actors"})
+    if other:
+        raise ConfigError(
+            f"{other[0]} does not go with join=: guests work by the config of the run; give join=RUN_DIR [actors=N]"
+        )
+    number = found.get("actors", "1")
+    if not number.isdigit() or not 1 <= int(number) <= MAX_GUESTS:
+        raise ConfigError(f"actors={number} must be a number from 1 to {MAX_GUESTS}")
+    return Path(found["join"]), int(number)
 
 
 def generate(config: GenerateConfig, words: list[str]) -> int:

@@ -96,9 +96,15 @@ def train(config: Config) -> int:
             config, run_dir=run_dir, model_dir=model_dir, lineage=lineage, resume_step=step
         )
         print(describe_plan(config, plan, prompt), flush=True)
-        clear_for_resume(run_dir, plan.resume_step)
+        clear_for_resume(run_dir)
         make_run_dir(run_dir, config, model)
         return carry_out(config, plan)
+
+
+def say(line: str) -> None:
+    """Print a line; a console that takes none, as a file on a full disk, ends no run."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def carry_out(config: Config, plan: "Plan") -> int:
@@ -109,7 +115,7 @@ def carry_out(config: Config, plan: "Plan") -> int:
     metrics = plan.run_dir / "metrics.jsonl"
     again = f"go on with: python launch/run.py run_dir={plan.run_dir}"
     try:
-        trained = run(config, plan, say=lambda line: print(line, flush=True))
+        trained = run(config, plan, say=say)
     except RoleError as error:
         print(
             f"error: {error}\n{error.tail}\nlogs: {plan.run_dir / 'logs'}\n{again}", file=sys.stderr

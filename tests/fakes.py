@@ -9,6 +9,7 @@ import json
 import math
 import random
 import tempfile
+import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -29,11 +30,15 @@ from treepo_async.engine.server import Server, ServerOptions
 from treepo_async.errors import EngineError
 from treepo_async.metrics.events import parse
 from treepo_async.process import free_ports
-from treepo_async.replay.position_files import PositionFiles
+from treepo_async.replay.dead_letters import DeadLetters
+from treepo_async.replay.feed import TreeFeed
+from treepo_async.replay.group import Group
+from treepo_async.replay.peers import Peers
+from treepo_async.replay.quarantine import Quarantine
 from treepo_async.replay.queue import Queue
 from treepo_async.replay.rules import QueueRules
-from treepo_async.replay.server import ReplayServer
-from treepo_async.replay.spool import MemorySpool
+from treepo_async.replay.server import ReplayServer, ServerLimits
+from treepo_async.replay.store import Store
 from treepo_async.scoring.async_scorer import Inline
 from treepo_async.scoring.boxed import boxed_end
 from treepo_async.scoring.registry import Scorer
@@ -179,6 +184,7 @@ class ScriptedEngine:
         least_step: int = 0,
         is_cached: bool = True,
         watch: Watch | None = None,
+        arrived: dict[int, Completion] | None = None,
     ) -> list[Completion]:
         """See `EngineClient.extend`; a watch looks at the first token and after every `every_tokens` more."""
         prefix, call, is_watched = list(prefix), len(self.requests), watch is not None
@@ -250,7 +256,7 @@ class FakeSGLang:
     """The endpoints of an SGLang server that this project uses, with faults to be set.
 
     The faults of `generate_faults` are used up one a request: `abort`, `500`, `garbage`, `not_understood`, `drop`,
-    `other_version`, `nan`, `hang`. Weights are one number, `level`: every log-prob is `fake_logprob(token, level)`.
+    `other_version`, `nan`, `short`, `hang`. Weights are one number, `level`: every log-prob is `fake_logprob(token, level)`.
     """
 
     generate_faults: deque[str] = field(default_factory=deque)
@@ -267,6 +273,8 @@ class FakeSGLang:
     version: str = "0.0"
     level: float = 0.0
     vocab_size: int = VOCAB_SIZE
+    is_hung: bool = False
+    """Take requests and answer none, until it is started again."""
     dies_of: int | None = None
     """A prompt with this token ends the server, and all that runs in it."""
     on_death: Callable[[], None] = lambda: None
@@ -280,6 +288,8 @@ class FakeSGLang:
     """The mode of the pause; while there is one, no request ends and none is taken."""
     url: str = ""
     _runner: web.AppRunner | None = None
+    _lost: set[str] = field(default_factory=set)
+    """Ids of requests that died with the server."""
 
     async def __aenter__(self) -> "FakeSGLang":
         app = web.Application()
@@ -332,13 +342,13 @@ class FakeSGLang:
         version = self.version
         abort = self.running[body["rid"]] = asyncio.Event()
         try:
-            wait_s = HELD_S if fault == "hang" else self.latency_s
+            wait_s = HELD_S if fault == "hang" or self.is_hung else self.latency_s
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await abort.wait()
             await until(lambda: not self.paused, timeout_s=HELD_S)
             if abort.is_set():
-                fault = "abort"
+                fault = "drop" if body["rid"] in self._lost else "abort"
             return self._completion(request, body, fault, version)
         finally:
             del self.running[body["rid"]]
@@ -357,7 +367,7 @@ class FakeSGLang:
             return web.json_response({"text": "no meta_info here"})
         params = body["sampling_params"]
         number = params["max_new_tokens"]
-        tokens = [2 + i % (VOCAB_SIZE - 2) for i in range(number)]
+        tokens = [2 + i % (VOCAB_SIZE - 2) for i in range(number - (fault == "short"))]
         logprobs = [None if fault == "nan" else fake_logprob(t, self.level) for t in tokens]
         said = ["0.999"] * 2 if fault == "other_version" else [version, self.version]
         reason = {"type": "length", "length": number}
@@ -464,6 +474,8 @@ class FakeSGLang:
 
     async def _loads(self, _: web.Request) -> web.Response:
         load = {"num_running_reqs": len(self.running), "num_waiting_reqs": 0}
+        if self.running and not self.is_hung:
+            load["timestamp"] = time.monotonic()
         return web.json_response({"loads": [load]})
 
     async def _ready(self, _: web.Request) -> web.Response:
@@ -478,6 +490,7 @@ class FakeSGLang:
 
     def _die(self, request: web.Request) -> None:
         self.on_death()
+        self._lost |= self.running.keys()
         for abort in self.running.values():
             abort.set()
         assert request.transport is not None
@@ -516,7 +529,7 @@ class FakeServer(Server):
         self.starts.append((model_dir, weight_version))
         self.fake.calls.append(("start", weight_version))
         self.fake.version, self.fake.level = weight_version, level_of(model_dir)
-        self.fake.paused = ""
+        self.fake.paused, self.fake.is_hung = "", False
         self.is_running = True
         return 0.0
 
@@ -623,6 +636,10 @@ async def open_gate(
         keeper.shut()
 
 
+LIMITS = ServerLimits(vocab_size=VOCAB_SIZE, max_lost=8, max_tree_bytes=2**20, max_disk_bytes=2**30)
+"""Of a replay in tests."""
+
+
 @contextlib.asynccontextmanager
 async def serve_replay(
     *,
@@ -631,18 +648,26 @@ async def serve_replay(
     folder: Path | None = None,
     resume_step: int | None = None,
     run_id: str = "run",
+    on_disk: bool = True,
+    limits: ServerLimits = LIMITS,
+    make_feed: Callable[[Group], TreeFeed] | None = None,
+    server_type: type[ReplayServer] = ReplayServer,
     **rules: Any,
 ) -> AsyncIterator[tuple[ReplayServer, str]]:
     """A real replay. Gives the server and its endpoint.
 
-    Called again with the same endpoint and folder, it is that replay started anew: its trees are gone.
+    Called again with the same endpoint and folder, it is that replay started anew.
 
     Args:
         prompt: the training prompts; by default prompt i is the tokens `[10 + i, 7]`.
         endpoint: by default a free one.
-        folder: of its positions; by default one that is gone in the end.
+        folder: of its store; by default one that is gone in the end.
         resume_step: of the checkpoint that the run goes on from.
         run_id: of the run.
+        on_disk: whether trees outlive it.
+        limits: of the server.
+        make_feed: gives the trees of a file.
+        server_type: what serves.
         rules: of the queue; the defaults are one batch of two prompts.
     """
     defaults = {
@@ -657,19 +682,22 @@ async def serve_replay(
     endpoint = endpoint or loopback()
     with contextlib.ExitStack() as stack:
         folder = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        positions = PositionFiles(folder, run_id, kept_steps=2)
-        position = positions.start(resume_step)
+        store, state = Store.open(
+            folder, run_id, resume_step=resume_step, segment_bytes=2**20, keeps_trees=on_disk
+        )
+        stack.callback(store.close)
         router = await _bound(endpoint)
         stack.callback(router.close)
-        server = ReplayServer(
+        server = server_type(
             router=router,
-            queue=Queue.from_position(QueueRules(**{**defaults, **rules}), position),
-            spool=MemorySpool(),
-            positions=positions,
+            queue=Queue.of(QueueRules(**{**defaults, **rules}), state, now=time.monotonic()),
+            store=store,
+            peers=Peers(run_id=run_id, config_digest="", tokenizer_digest=""),
             prompt=prompt or numbered_prompt,
-            run_id=run_id,
-            vocab_size=VOCAB_SIZE,
-            max_lost=8,
+            limits=limits,
+            dead_letters=DeadLetters(folder),
+            quarantine=Quarantine(folder / "quarantine", 8),
+            make_feed=make_feed,
         )
         async with running(server.run()):
             yield server, endpoint

@@ -41,12 +41,16 @@ class RefusedError(WireError):
     Attributes:
         reason: the peer's word for it, e.g. `invalid` or `lease_closed`.
         retry: whether sending the same message again can succeed.
+        retry_after_s: not before this time.
     """
 
-    def __init__(self, reason: str, detail: str, *, retry: bool) -> None:
+    def __init__(
+        self, reason: str, detail: str, *, retry: bool, retry_after_s: float = 0.0
+    ) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.retry = retry
+        self.retry_after_s = retry_after_s
 
 
 class EngineError(TreepoError, RuntimeError):
@@ -64,10 +68,12 @@ class DeadlineError(TreepoError, TimeoutError):
         wait: what was waited for, as a person would say it.
         owner: who should have ended the wait.
         seconds: the deadline.
+        refusal: the reason of the last refusal, where the wait was for an answer and it was refused; kept as an attribute.
     """
 
-    def __init__(self, wait: str, owner: str, seconds: float) -> None:
+    def __init__(self, wait: str, owner: str, seconds: float, refusal: str = "") -> None:
         super().__init__(f"waited {seconds:g} s for {wait}; {owner} should have ended it")
+        self.refusal = refusal
 
 
 class RoleError(TreepoError, RuntimeError):

@@ -48,6 +48,8 @@ class PolicyVersion(NamedTuple):
         return cls(int(lineage), int(step))
 
 
+LEAST_CHANCE = 1e-300
+"""Of a path to be let go on: its inverse is a weight, which is to be finite."""
 NO_LINEAGE = 2**31 - 1
 """Lineage of the weights of no run: that of trees that come from a file."""
 
@@ -251,6 +253,7 @@ def _check_sampling(sampling: Sampling) -> None:
 
 def _check_segments(segments: tuple[Segment, ...], sampling: Sampling) -> None:
     ends: list[int] = []
+    chances: list[float] = []
     for i, segment in enumerate(segments):
         if not ROOT <= segment.parent < i:
             raise TreeError(
@@ -266,6 +269,13 @@ def _check_segments(segments: tuple[Segment, ...], sampling: Sampling) -> None:
         if not 0 < segment.inclusion <= 1:
             raise TreeError(
                 f"segments[{i}].inclusion is {segment.inclusion}, it must be above 0 and at most 1"
+            )
+        chances.append(
+            segment.inclusion * (1 if segment.parent == ROOT else chances[segment.parent])
+        )
+        if chances[i] < LEAST_CHANCE:
+            raise TreeError(
+                f"segments[{i}].inclusion is {segment.inclusion}: the product over its path is below {LEAST_CHANCE}"
             )
         start = 0 if segment.parent == ROOT else ends[segment.parent]
         ends.append(start + len(segment))

@@ -1,4 +1,5 @@
 import asyncio
+import math
 import random
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from tests.fakes import (
 from treepo_async.actor.expand import expand
 from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.tree.rules import PruneRules
-from treepo_async.types import PolicyVersion, Sampling, StopReason, Tree, leaves_of
+from treepo_async.types import ROOT, PolicyVersion, Sampling, StopReason, Tree, leaves_of
 
 PROMPT = numbered_prompt(0)
 PROMPT_TOKENS = PROMPT.token_ids.tolist()
@@ -338,3 +339,81 @@ def test_the_temperature_of_a_split_follows_the_policy_step(step, temperature):
         ascii_settings(split_temperature=5.0), split_temperature_end=1.0, num_steps=10
     )
     assert settings.growth_at(step).split_temperature == pytest.approx(temperature)
+
+
+# ---------------------------------------------------------------- deadline
+
+
+class SlowEngine(ScriptedEngine):
+    """Never answers the last run of the request with the number `slow`; its others are back at once."""
+
+    slow = 0
+    num_aborted = 0
+
+    async def extend(self, prefix, *, arrived=None, **options):
+        number = len(self.requests)
+        completions = await super().extend(prefix, **options)
+        if number == self.slow:
+            arrived.update(enumerate(completions[:-1]))
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.num_aborted += 1
+        return completions
+
+
+def slow_engine(request):
+    engine = SlowEngine(seed=3, eos_rate=0.2)
+    engine.slow = request
+    return engine
+
+
+@pytest.mark.parametrize(("growth", "slow"), [("barrier", 2), ("eager", 7), ("independent", 0)])
+async def test_at_its_deadline_a_tree_is_closed_with_the_leaves_that_are_whole(growth, slow):
+    settings = replace(ascii_settings(growth=growth), timeout_s=0.2)
+    engine = slow_engine(slow)
+    segments, provenance = await grow(engine, settings)
+    tree = tree_of(segments, provenance, settings)
+    tree.check()
+    whole = int(tree.is_whole_L.sum())
+    assert 1 <= whole < 6
+    assert engine.num_aborted == 1
+    assert f"{6 - whole} leaves fewer than the width: cut off at the deadline" in provenance.notes
+    stops = {tree.segments[leaf].stop for leaf in np.array(tree.leaves)[~tree.is_whole_L]}
+    assert stops <= {StopReason.PRUNED}
+    assert provenance.num_pruned == 0, "no rule pruned them"
+
+
+async def test_the_other_runs_of_a_request_with_a_slow_one_are_in_the_tree():
+    settings = replace(ascii_settings(growth="independent"), timeout_s=0.2)
+    segments, _ = await grow(slow_engine(0), settings)
+    whole, _ = await grow(
+        ScriptedEngine(seed=3, eos_rate=0.2), ascii_settings(growth="independent")
+    )
+    firsts = [s.token_ids.tolist() for s in whole if s.parent == ROOT]
+    assert [s.token_ids.tolist() for s in segments if s.parent == ROOT] == firsts[:5]
+
+
+async def test_a_tree_without_a_whole_leaf_at_its_deadline_is_given_up():
+    settings = replace(ascii_settings(), timeout_s=0.1)
+    engine = slow_engine(0)
+    with pytest.raises(
+        DeadlineError, match=r"waited 0\.1 s for a whole leaf of a tree; the engine"
+    ):
+        await grow(engine, settings)
+    assert engine.num_aborted == 1
+
+
+async def test_an_engines_own_deadline_is_no_deadline_of_the_tree():
+    engine = ScriptedEngine(failures={0: DeadlineError("the gate", "engine host", 5)})
+    with pytest.raises(DeadlineError, match="waited 5 s for the gate"):
+        await grow(engine, replace(ascii_settings(), timeout_s=60))
+
+
+async def test_a_tree_that_is_in_time_does_not_depend_on_the_deadline():
+    free, bound = [
+        await grow(ScriptedEngine(seed=5), replace(ascii_settings(), timeout_s=timeout_s))
+        for timeout_s in (math.inf, 60.0)
+    ]
+    assert [s.token_ids.tolist() for s in free[0]] == [s.token_ids.tolist() for s in bound[0]]
+    assert bound[1].notes == free[1].notes

@@ -1,13 +1,17 @@
 import asyncio
 import contextlib
+import math
+from dataclasses import replace
 
 import pytest
 
+import treepo_async.actor.replay_client
 import treepo_async.actor.worker
 from tests.fakes import (
     ScriptedEngine,
     ascii_settings,
     engine_failure,
+    events_in,
     loopback,
     numbered_prompt,
     running,
@@ -16,24 +20,46 @@ from tests.fakes import (
     until,
 )
 from treepo_async.actor.grow import Grower
+from treepo_async.actor.health import Health
 from treepo_async.actor.replay_client import ReplayClient
 from treepo_async.actor.worker import Worker
-from treepo_async.errors import RefusedError
+from treepo_async.engine.answer import NotFiniteError
+from treepo_async.errors import EngineError, RefusedError
 from treepo_async.replay.entry import State
 from treepo_async.types import PolicyVersion
 from treepo_async.wire.codec import decode_tree
+from treepo_async.wire.messages import Hello
 from treepo_async.wire.sockets import Requester
 
 RUN_S = 20.0
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(treepo_async.actor.worker, "BACK_OFF_S", 0.05)
+
+
 @contextlib.asynccontextmanager
-async def worker_on(endpoint, engine, *, name="actor-0", scorer=lambda *_: 1.0, shuffle=False):
-    async with Requester(endpoint, name=name, owner="replay") as requester:
-        replay = ReplayClient(requester)
-        await replay.hello(name=name, run_id="run", timeout_s=5)
-        scoring = scoring_by(scorer)
-        yield Worker(replay, Grower(name, engine, ascii_settings(), scoring, 0, shuffle))
+async def worker_on(
+    endpoint,
+    engine,
+    *,
+    name="actor-0",
+    scorer=lambda *_: 1.0,
+    shuffle=False,
+    sick_after=8,
+    max_tree_bytes=None,
+    timeout_s=math.inf,
+):
+    hello = Hello(name=name, run_id="run")
+    async with Requester(
+        endpoint, name=name, owner="replay", hello=hello, resend_s=0.5
+    ) as requester:
+        replay = ReplayClient(requester, max_tree_bytes=max_tree_bytes)
+        await replay.hello(hello, timeout_s=5)
+        settings = replace(ascii_settings(), timeout_s=timeout_s)
+        grower = Grower(name, engine, settings, scoring_by(scorer), 0, shuffle)
+        yield Worker(replay, grower, Health(sick_after))
 
 
 def states(server):
@@ -41,7 +67,7 @@ def states(server):
 
 
 def stored_trees(server):
-    return [decode_tree(server.spool.read(lease_id)) for lease_id in server.queue.order.live]
+    return [decode_tree(server.store.read(lease_id)) for lease_id in server.queue.order.live]
 
 
 async def test_a_worker_grows_every_lease_and_returns_when_there_are_no_more():
@@ -69,17 +95,17 @@ def pieces_of(runs):
 
 async def test_a_worker_grows_again_what_a_replay_lost_after_the_last_lease(tmp_path, monkeypatch):
     monkeypatch.setattr(treepo_async.actor.worker, "LEASE_WAIT_S", 0.05)
-    endpoint = loopback()
+    replay = {"endpoint": loopback(), "folder": tmp_path, "on_disk": False}
     async with asyncio.timeout(RUN_S), contextlib.AsyncExitStack() as stack:
-        async with serve_replay(endpoint=endpoint, folder=tmp_path) as (server, _):
-            worker = await stack.enter_async_context(worker_on(endpoint, ScriptedEngine()))
+        async with serve_replay(**replay) as (server, _):
+            worker = await stack.enter_async_context(
+                worker_on(replay["endpoint"], ScriptedEngine())
+            )
             await stack.enter_async_context(running(worker.serve(concurrent_trees=2)))
-            await until(lambda: states(server) == [State.ACCEPTED] * 2)
             await until(server.queue.is_finished)
-            await asyncio.sleep(1.5)
-        async with serve_replay(endpoint=endpoint, folder=tmp_path) as (server, _):
-            assert states(server) == [State.WAITING] * 2
-            await until(lambda: states(server) == [State.ACCEPTED] * 2, timeout_s=RUN_S)
+        async with serve_replay(**replay) as (server, _):
+            assert not server.queue.is_finished()
+            await until(server.queue.is_finished, timeout_s=RUN_S)
 
 
 async def test_a_lease_that_the_engine_fails_on_is_given_up_and_grown_again():
@@ -110,21 +136,13 @@ async def test_a_stale_tree_is_dropped_and_its_lease_grown_again_under_newer_wei
             work = asyncio.create_task(worker.run(concurrent_trees=2))
             await until(lambda: states(server) == [State.ACCEPTED] * 2)
             server.queue.next_batch(0)
-            server.queue.publish(1, 0)
+            server.queue.publish(1, 0, 0)
             await until(lambda: server.queue.reasons["stale"] > 0)
             assert not work.done()
             engine.version = PolicyVersion(0, 1)
             await work
         assert states(server) == [State.TRAINED, State.TRAINED, State.ACCEPTED, State.ACCEPTED]
     assert {r.least_step for r in engine.requests} == {0, 1}
-
-
-async def test_a_tree_that_replay_calls_invalid_ends_the_worker():
-    engine = ScriptedEngine(version=PolicyVersion(0, 9))
-    async with serve_replay() as (_, endpoint), worker_on(endpoint, engine) as worker:
-        with pytest.raises(ExceptionGroup) as caught:
-            await worker.run(concurrent_trees=1)
-    assert caught.group_contains(RefusedError, match="step_S has 9")
 
 
 def about_half(response, _answer):
@@ -147,32 +165,134 @@ async def test_a_control_run_permutes_each_trees_scores_and_the_same_lease_gives
     assert [sorted(tree) for tree in control] == [sorted(tree) for tree in honest]
 
 
+def held_on_first():
+    """An engine that never answers the first prompt, and everything else at once."""
+    return ScriptedEngine(held={numbered_prompt(0).token_ids[0]: asyncio.Event()})
+
+
 async def test_leases_of_a_living_worker_do_not_expire(monkeypatch):
     monkeypatch.setattr(treepo_async.actor.worker, "BEAT_S", 0.05)
-    held = asyncio.Event()
-    engine = ScriptedEngine(held={numbered_prompt(0).token_ids[0]: held})
+    engine = held_on_first()
     async with serve_replay(lease_timeout_s=0.4) as (server, endpoint), asyncio.timeout(RUN_S):
         async with worker_on(endpoint, engine) as worker:
             work = asyncio.create_task(worker.run(concurrent_trees=1))
             await asyncio.sleep(0.9)
             assert states(server)[0] is State.LEASED
-            held.set()
+            engine.held.popitem()[1].set()
             await work
         assert server.queue.reasons == {}
 
 
-async def test_leases_of_a_silent_worker_go_to_another():
-    engine = ScriptedEngine(held={numbered_prompt(0).token_ids[0]: asyncio.Event()})
-    async with serve_replay(lease_timeout_s=0.5) as (server, endpoint), asyncio.timeout(RUN_S):
-        async with worker_on(endpoint, engine) as silent:
-            work = asyncio.create_task(silent.run(concurrent_trees=1))
-            await until(lambda: states(server) == [State.LEASED])
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
+async def test_leases_of_a_silent_worker_go_to_another(monkeypatch):
+    monkeypatch.setattr(treepo_async.actor.worker, "BEAT_S", 60.0)
+    async with (
+        serve_replay(lease_timeout_s=0.5) as (server, endpoint),
+        worker_on(endpoint, held_on_first()) as silent,
+        running(silent.run(concurrent_trees=1)),
+        asyncio.timeout(RUN_S),
+    ):
+        await until(lambda: states(server) == [State.LEASED])
         async with worker_on(endpoint, ScriptedEngine(), name="actor-1") as worker:
             await worker.run(concurrent_trees=1)
         assert states(server) == [State.ACCEPTED, State.ACCEPTED]
         assert server.queue.reasons == {"lease_expired": 1}
+
+
+async def test_a_worker_that_is_told_to_end_hands_its_leases_back_at_once():
+    async with serve_replay(lease_timeout_s=60.0) as (server, endpoint), asyncio.timeout(RUN_S):
+        async with worker_on(endpoint, held_on_first()) as leaving:
+            async with running(leaving.run(concurrent_trees=1)):
+                await until(lambda: states(server) == [State.LEASED])
+            assert states(server) == [State.WAITING]
+            entry = server.queue.order.live["000000000"]
+            assert entry.attempt == entry.uncounted == 1, "the attempt does not count"
+        async with worker_on(endpoint, ScriptedEngine(), name="actor-1") as worker:
+            await worker.run(concurrent_trees=1)
+        assert states(server) == [State.ACCEPTED, State.ACCEPTED]
+        assert server.queue.reasons == {}
+
+
+async def test_work_on_a_lease_that_was_taken_back_is_ended_at_the_next_beat(monkeypatch):
+    monkeypatch.setattr(treepo_async.actor.worker, "BEAT_S", 0.05)
+    async with serve_replay(lease_limit_s=0.3) as (server, endpoint), asyncio.timeout(RUN_S):
+        engine = held_on_first()
+        async with worker_on(endpoint, engine) as worker, running(worker.run(1)) as work:
+            await until(lambda: worker.num_lost == 1)
+            assert server.queue.reasons["lease_too_long"] == 1
+            engine.held.popitem()[1].set()
+            await work
+        assert states(server) == [State.ACCEPTED, State.ACCEPTED]
+
+
+async def test_a_silent_replay_is_told_of_once_and_growing_goes_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(treepo_async.actor.worker, "BEAT_S", 0.02)
+    monkeypatch.setattr(treepo_async.actor.replay_client, "SILENT_S", 0.1)
+    replay = {"endpoint": loopback(), "folder": tmp_path}
+    engine = held_on_first()
+    async with asyncio.timeout(RUN_S), contextlib.AsyncExitStack() as stack:
+        async with serve_replay(**replay) as (server, endpoint):
+            worker = await stack.enter_async_context(worker_on(endpoint, engine))
+            work = await stack.enter_async_context(running(worker.run(concurrent_trees=2)))
+            await until(lambda: sorted(states(server)) == [State.ACCEPTED, State.LEASED])
+        num_requests = len(engine.requests)
+        await asyncio.sleep(0.5)
+        engine.held.popitem()[1].set()
+        await until(lambda: len(engine.requests) > num_requests)
+        async with serve_replay(**replay) as (server, _):
+            await work
+            assert states(server) == [State.ACCEPTED, State.ACCEPTED]
+    alarms = [event["alarm"] for event in events_in(capsys.readouterr().out, "alarm")]
+    assert alarms.count("replay has been silent for 10 s") == 1
+
+
+async def test_an_actor_whose_leases_keep_failing_ends_with_the_reason():
+    engine = ScriptedEngine(failures={call: engine_failure() for call in range(100)})
+    async with serve_replay(max_attempts=1000) as (server, endpoint), asyncio.timeout(RUN_S):
+        async with worker_on(endpoint, engine, sick_after=3) as worker:
+            with pytest.raises(ExceptionGroup) as caught:
+                await worker.run(concurrent_trees=1)
+        assert caught.group_contains(EngineError, match="3 leases in a row failed .*no completion")
+        assert server.queue.reasons == {"EngineError": 3}
+        async with worker_on(endpoint, ScriptedEngine(), name="actor-1") as worker:
+            await worker.run(concurrent_trees=1)
+        assert states(server) == [State.ACCEPTED, State.ACCEPTED]
+
+
+async def test_an_engine_with_log_probs_that_are_not_finite_is_called_sick_and_nothing_of_it_kept():
+    failures = {call: NotFiniteError("not finite") for call in range(1000)}
+    rules = {"max_attempts": 1000}
+    async with serve_replay(**rules) as (server, endpoint), asyncio.timeout(RUN_S):
+        async with worker_on(endpoint, ScriptedEngine(failures=failures), sick_after=99) as worker:
+            with pytest.raises(ExceptionGroup) as caught:
+                await worker.run(concurrent_trees=8)
+        assert caught.group_contains(EngineError, match="engine is sick: 100% of the last 20 trees")
+        assert State.ACCEPTED not in states(server)
+        assert server.queue.reasons["not_finite"] >= 20
+        async with worker_on(endpoint, ScriptedEngine(), name="actor-1") as worker:
+            await worker.run(concurrent_trees=1)
+        assert states(server) == [State.ACCEPTED, State.ACCEPTED]
+
+
+async def test_a_tree_that_is_too_large_is_not_sent_and_its_lease_given_up():
+    async with serve_replay(max_attempts=1) as (server, endpoint), asyncio.timeout(RUN_S):
+        async with worker_on(endpoint, ScriptedEngine(), max_tree_bytes=100, sick_after=2) as it:
+            with pytest.raises(ExceptionGroup) as caught:
+                await it.run(concurrent_trees=1)
+        assert caught.group_contains(EngineError, match=r"more than replay\.max_tree_bytes=100")
+        assert server.queue.reasons["oversize"] == 2
+        async with worker_on(endpoint, ScriptedEngine(), name="actor-1") as worker:
+            await worker.run(concurrent_trees=1)
+        assert State.ACCEPTED in states(server)
+
+
+async def test_trees_of_weights_that_were_never_published_end_the_worker_and_are_not_stored():
+    engine = ScriptedEngine(version=PolicyVersion(0, 9))
+    async with serve_replay(max_attempts=99) as (server, endpoint), asyncio.timeout(RUN_S):
+        async with worker_on(endpoint, engine, sick_after=2) as worker:
+            with pytest.raises(ExceptionGroup) as caught:
+                await worker.run(concurrent_trees=1)
+        assert caught.group_contains(EngineError, match=r"future_version: sampled under 0\.9")
+        assert State.ACCEPTED not in states(server)
 
 
 async def test_an_actor_of_another_run_is_turned_away():
@@ -181,4 +301,4 @@ async def test_an_actor_of_another_run_is_turned_away():
         Requester(endpoint, name="actor-0", owner="replay") as requester,
     ):
         with pytest.raises(RefusedError, match="is of run other"):
-            await ReplayClient(requester).hello(name="actor-0", run_id="other", timeout_s=5)
+            await ReplayClient(requester).hello(Hello(name="actor-0", run_id="other"), timeout_s=5)

@@ -112,3 +112,20 @@ def test_the_plan_of_an_offline_run_says_so():
     assert "trees of t.jsonl, 2 passes, scored already" in text
     assert "16 trees a step, 7 steps at most, offline" in text
     assert "leaves" not in text
+
+
+def test_other_machines_reach_replay_and_the_gates_at_the_host_that_was_named_with_its_keys():
+    config = parse(["cluster.host=10.0.0.7", "cluster.keys_dir=keys"])
+    plan = make_plan(config, run_dir=Path("run"), model_dir=Path("model"))
+    for role in plan.roles:
+        assert role.wiring.replay_endpoint.startswith("tcp://10.0.0.7:")
+        assert role.wiring.gate_endpoint.startswith("tcp://10.0.0.7:")
+        assert role.wiring.engine_url.startswith("http://127.0.0.1:"), "SGLang stays on loopback"
+        assert role.wiring.keys_dir == str(Path("keys").resolve())
+
+
+def test_without_a_host_everything_stays_on_loopback_without_keys():
+    plan = make_plan(parse([]), run_dir=Path("run"), model_dir=Path("model"))
+    for role in plan.roles:
+        assert role.wiring.replay_endpoint.startswith("tcp://127.0.0.1:")
+        assert role.wiring.keys_dir is None

@@ -7,7 +7,7 @@ import psutil
 import pytest
 
 from treepo_async.cluster.plan import make_plan
-from treepo_async.cluster.ray_cluster import ray_cluster
+from treepo_async.cluster.ray_cluster import RayCluster, ray_cluster
 from treepo_async.cluster.role import RoleHost
 from treepo_async.config.schema import Config
 
@@ -55,3 +55,12 @@ def test_a_cluster_runs_a_role_and_leaves_nothing_behind(tmp_path):
     assert not temporary.exists()
     assert {process.pid for process in family()} <= before
     assert list((tmp_path / "cache" / "running").iterdir()) == []
+
+
+def test_pids_that_cannot_be_written_down_end_no_run(tmp_path):
+    cluster = RayCluster(None, tmp_path / "gone" / "1.json", reaper_pid=0)
+    cluster.record()
+    (tmp_path / "gone").mkdir()
+    again = RayCluster(None, cluster.record_file, reaper_pid=0)
+    again.record()
+    assert cluster.record_file.is_file()

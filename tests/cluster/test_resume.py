@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import numpy as np
@@ -113,15 +114,15 @@ def leave_behind(run_dir):
 
 def test_a_resumed_run_keeps_its_place_in_the_data_and_publishes_anew(run_dir):
     leave_behind(run_dir)
-    clear_for_resume(run_dir, 10)
+    clear_for_resume(run_dir)
     assert {path.name for path in run_dir.iterdir()} == {"replay", "checkpoints", CONFIG_FILE}
 
 
-def test_a_run_that_had_made_no_checkpoint_begins_anew(run_dir):
+def test_a_run_that_had_made_no_checkpoint_keeps_its_trees(run_dir):
     leave_behind(run_dir)
     shutil.rmtree(run_dir / "checkpoints")
-    clear_for_resume(run_dir, None)
-    assert {path.name for path in run_dir.iterdir()} == {CONFIG_FILE}
+    clear_for_resume(run_dir)
+    assert {path.name for path in run_dir.iterdir()} == {"replay", CONFIG_FILE}
 
 
 def test_a_new_run_has_lineage_0_and_each_start_a_higher_one_whatever_was_used_or_removed(tmp_path):
@@ -131,7 +132,7 @@ def test_a_new_run_has_lineage_0_and_each_start_a_higher_one_whatever_was_used_o
     assert take_lineage(tmp_path) == 4
     (tmp_path / "weights" / "7.12").mkdir(parents=True)
     assert take_lineage(tmp_path) == 8
-    clear_for_resume(tmp_path, 10)
+    clear_for_resume(tmp_path)
     assert take_lineage(tmp_path) == 9
 
 
@@ -139,7 +140,10 @@ def test_two_drivers_cannot_hold_one_folder(tmp_path):
     folder = tmp_path / "run"
     with held(folder):
         assert folder.is_dir()
-        with pytest.raises(ConfigError, match="in use by another driver"), held(folder):
+        with pytest.raises(ConfigError, match="in use by another driver") as caught, held(folder):
             pass
+    # whoever holds it is named, so that a person can look for it
+    assert f"(pid {os.getpid()}: " in str(caught.value)
+    assert "pytest" in str(caught.value)
     with held(folder):
         pass

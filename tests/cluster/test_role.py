@@ -2,6 +2,7 @@ import asyncio
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,8 @@ from treepo_async.cluster.prepare import make_run_dir
 from treepo_async.cluster.role import RoleHost
 from treepo_async.config.schema import Config
 from treepo_async.tiny.tokenizer import save_tokenizer
-from treepo_async.wire.messages import Ack, Hello
+from treepo_async.wire.hello import hello_of
+from treepo_async.wire.messages import Ack
 from treepo_async.wire.sockets import Requester
 
 SOON_S = 30.0
@@ -83,15 +85,19 @@ def test_a_role_that_fails_leaves_its_traceback(spec, hosted):
 def test_a_role_reports_its_events_serves_and_stops_in_order(spec, hosted, tmp_path):
     async def greet(endpoint):
         async with Requester(endpoint, name="test", owner="replay") as replay:
-            hello = Hello(name="test", run_id=spec.wiring.run_id)
-            return await replay.ask(hello, timeout_s=SOON_S, wait="replay to come up")
+            return await replay.ask(
+                hello_of(spec.wiring), timeout_s=SOON_S, wait="replay to come up"
+            )
 
     host = hosted(spec)
-    host.start()
+    pid = host.start()
     events, report = reports_until(host, lambda report: report.events)
-    assert events == [{"event": "ready"}]
+    assert events[0] == {"event": "ready"}
     assert report.exit_code is None
-    assert host.report().events == [], "each event is reported once"
+    again, _ = reports_until(host, lambda report: report.events)
+    assert {event["event"] for event in again} == {"queue"}, "each event is reported once"
+    environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    assert b"TREEPO_ROLE=replay-0" in environment
     assert isinstance(asyncio.run(greet(spec.wiring.replay_endpoint))[0], Ack)
     assert host.stop(10.0) == 0
     assert host.report().exit_code == 0
@@ -111,3 +117,14 @@ def test_before_its_start_a_role_has_nothing_to_report(spec, hosted):
     report = host.report()
     assert (report.events, report.exit_code, report.tail) == ([], None, "")
     assert host.stop(1.0) is None
+
+
+def test_a_log_that_takes_nothing_is_told_of_once_and_the_role_goes_on(spec):
+    host = RoleHost(replace(spec, module="no_such_role"), Path("/dev/full"))
+    host.start()
+    events, report = reports_until(host, has_ended)
+    assert report.tail.endswith("No module named treepo_async.no_such_role")
+    assert [(event["event"], event["alarm"]) for event in events] == [
+        ("alarm", "the log of a role cannot be written")
+    ]
+    assert "/dev/full: No space left on device" in events[0]["detail"]

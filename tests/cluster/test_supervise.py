@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-import treepo_async.cluster.narrate
 import treepo_async.cluster.supervise
 from treepo_async.cluster.narrate import Narrator
 from treepo_async.cluster.plan import Plan
@@ -119,7 +118,7 @@ class Driver:
         return [re.sub(r"^\[.{6} s\] ", "", line) for line in self.lines]
 
 
-def driver(tmp_path, *, rules=RULES, max_restarts=0, **scripts):
+def driver(tmp_path, *, rules=RULES, max_restarts=0, stall_s=60.0, **scripts):
     """A supervisor of an engine, a learner, a replay and an actor; `learner=[...]` scripts its reports.
 
     The actor may be started again once; the others `max_restarts` times, after they were killed. The pid of a role is
@@ -141,7 +140,7 @@ def driver(tmp_path, *, rules=RULES, max_restarts=0, **scripts):
     sink = SimpleNamespace(write=records.append, close=lambda: None)
     plan = Plan("run", tmp_path, tmp_path, specs)
     log = SimpleNamespace(write=logged.append, close=lambda: None)
-    narrator = Narrator(rules.num_steps, list(roles), [sink], log, lines.append)
+    narrator = Narrator(rules.num_steps, list(roles), [sink], log, lines.append, stall_s)
     supervisor = Supervisor(cluster, plan, rules, narrator)
     return Driver(supervisor, roles, ray, lines, records, logged)
 
@@ -268,19 +267,37 @@ def test_alarms_and_evaluations_are_told_and_recorded(tmp_path):
     assert [r["eval/greedy_accuracy"] for r in it.records] == [0.5]
 
 
-def test_a_long_wait_is_told_with_what_is_missing_and_who_still_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(treepo_async.cluster.narrate, "QUIET_S", 0.0)
+def test_a_run_that_does_not_get_on_says_who_is_waited_for_and_logs_it(tmp_path):
     waiting = {"event": "waiting", "wait": "batch of step 0", "missing": "0 of 16 trees are in"}
+    queue = {"event": "queue", "leases": {"actor-0": 2}}
+    engine = {"event": "engine", "num_samples": 4, "num_idle": 4, "in_flight": 0, "trouble": ""}
     it = driver(
         tmp_path,
-        learner=[says(READY, waiting), says(DONE, exit_code=0)],
+        stall_s=0.05,
+        engine=[says(READY, engine), says()],
+        replay=[says(READY, queue), says()],
+        learner=[says(READY, waiting), *[says()] * 30, says(DONE, exit_code=0)],
+    )
+    it.supervisor.run()
+    stalls = [line for line in it.text if line.startswith("STALLED 0 s: waiting for first tree")]
+    assert stalls
+    assert "2 leases out (actor-0: 2)" in stalls[0]
+    assert "learner waits for the batch of step 0: 0 of 16 trees are in" in stalls[0]
+    logged = [event for event in it.logged if event["event"] == "stalled"]
+    assert [event["text"] for event in logged] == stalls
+    assert {event["role"] for event in logged} == {"driver"}
+
+
+def test_roles_that_start_for_long_are_named(tmp_path):
+    it = driver(
+        tmp_path,
+        stall_s=0.05,
+        learner=[says(READY), *[says()] * 30, says(DONE, exit_code=0)],
         actor=[says()],
     )
     it.supervisor.run()
-    assert (
-        "waiting for the batch of step 0: 0 of 16 trees are in; still starting: replay-0, actor-0"
-        in it.text
-    )
+    assert any(line.startswith("still starting after 0 s: actor-0 (0 s)") for line in it.text)
+    assert not any(event["event"] == "stalled" for event in it.logged)
 
 
 @pytest.mark.parametrize(
@@ -359,6 +376,31 @@ def test_an_actor_that_keeps_dying_ends_the_run(tmp_path):
     with pytest.raises(RoleError, match="actor-0 ended with code 1") as caught:
         it.supervisor.run()
     assert caught.value.tail == "no GPU"
+
+
+def test_deaths_are_forgiven_once_the_run_has_made_a_new_step(tmp_path):
+    died = says(exit_code=-9)
+    it = driver(
+        tmp_path,
+        max_restarts=1,
+        engine=[says(READY), *(report for number in range(4) for report in (says(), died)), says()],
+        learner=[
+            says(READY),
+            *(report for number in range(4) for report in (says(step(number)), says())),
+            says(DONE, exit_code=0),
+        ],
+    )
+    it.supervisor.run()
+    assert it.roles["engine-0"].num_starts == 5
+
+
+def test_a_step_that_is_only_done_again_forgives_no_death(tmp_path):
+    died = says(exit_code=-9, tail="out of memory")
+    again = [report for _ in range(5) for report in (says(READY, step(3)), died)]
+    it = driver(tmp_path, max_restarts=2, learner=again)
+    with pytest.raises(RoleError, match="learner-0 was killed by SIGKILL"):
+        it.supervisor.run()
+    assert it.roles["learner-0"].num_starts == 3
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,14 @@ def test_a_number_that_is_not_finite_is_refused(key, value):
             "learner.leave_one_out=true does not go with learner.estimator=rloo; give false, or one of treepo,",
         ),
         (["tree.repetition_count=1"], "give 0 (never) or at least 2"),
+        (
+            ["eval.timeout_s=601", "learner.batch_timeout_s=900"],
+            "eval.timeout_s=601 must not be above actor.tree_timeout_s=600, which waits for it",
+        ),
+        (
+            ["engine.start_timeout_s=240", "actor.tree_timeout_s=200", "eval.timeout_s=100"],
+            "engine.start_timeout_s=240 must not be above actor.tree_timeout_s=200, which waits for it",
+        ),
         (["tree.split=entropy", "tree.growth=eager"], "tree.growth=eager has no rounds"),
         (
             ["prune.min_logprob=-2", "tree.growth=independent"],
@@ -167,6 +175,48 @@ def test_a_generation_that_cannot_be_done_is_refused_by_name(words, named):
 def test_a_training_run_starts_its_engines_itself():
     (message,) = refusals("engine.url=http://127.0.0.1:30000")
     assert message.startswith("engine.url=http://127.0.0.1:30000 is for launch/actor.py")
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "10.0.0.7", "localhost", "127.0.0.1.example.com", "host:1"]
+)
+def test_a_host_that_others_reach_needs_keys_and_must_be_an_address(host):
+    (message,) = refusals(f"cluster.host={host}")
+    assert message.startswith(f"cluster.host={host} ")
+
+
+def test_a_host_with_keys_and_loopback_without_are_accepted():
+    assert parse(["cluster.host=10.0.0.7", "cluster.keys_dir=keys"]).cluster.host == "10.0.0.7"
+    assert parse(["cluster.host=127.0.0.2"]).cluster.keys_dir is None
+    (message,) = refusals("cluster.host=10.0.0.7")
+    assert "python launch/keys.py DIR" in message
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "data=https://me:hunter2@host/data.jsonl",
+        "engine.url=http://hunter2@host:1",
+        "engine.url=http://me:hunter2@host:1/path",
+        "model=hf://me:hunter2@host/model",
+        "run_dir=s3://me:hunter2@bucket/run",
+    ],
+)
+def test_a_password_is_refused_before_it_is_saved_and_not_printed(word):
+    for read in (parse, parse_generation):
+        if read is parse_generation and word.startswith("run_dir"):
+            continue
+        with pytest.raises(ConfigError) as caught:
+            read([word])
+        assert "holds a password" in str(caught.value)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_a_key_file_is_for_an_engine_of_somebody_else():
+    base = ["out=o.jsonl", "limit=1", "engine.api_key_file=key"]
+    parse_generation([*base, "engine.url=http://127.0.0.1:1"])
+    with pytest.raises(ConfigError, match=r"the key of the server at engine\.url"):
+        parse_generation(base)
 
 
 def test_trees_of_a_file_need_no_data_unless_there_is_an_evaluation():

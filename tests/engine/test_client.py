@@ -10,8 +10,14 @@ import pytest
 
 import treepo_async.engine.client
 from tests.fakes import VOCAB_SIZE, FakeSGLang, fake_logprob, open_gate, until
-from treepo_async.engine.answer import Watch, entropy_of
-from treepo_async.engine.client import MAX_ATTEMPTS, WARM_TOKENS, EngineClient, SamplingSettings
+from treepo_async.engine.answer import NotFiniteError, Watch, entropy_of
+from treepo_async.engine.client import (
+    MAX_ATTEMPTS,
+    WARM_TOKENS,
+    EngineClient,
+    SamplingSettings,
+    all_of,
+)
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.types import PolicyVersion
@@ -105,7 +111,7 @@ async def test_a_long_new_prefix_is_prefilled_once_before_it_is_forked():
     assert asked == [0, 4, 4, 4, 4, 4, 4, 4]
 
 
-FAULTS = ["drop", "500", "abort", "garbage", "not_understood", "other_version", "nan"]
+FAULTS = ["drop", "500", "abort", "garbage", "not_understood", "other_version"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -127,7 +133,6 @@ async def test_a_bad_answer_is_asked_for_again(fault):
         ("garbage", "answer cannot be used: UnicodeDecodeError"),
         ("not_understood", "answer cannot be used: KeyError.*meta_info"),
         ("other_version", r"sampled under 0\.999, but submitted under 0\.3"),
-        ("nan", "log-probs that are not finite"),
     ],
 )
 async def test_an_engine_that_stays_bad_is_given_up_with_its_last_words(fault, said):
@@ -136,6 +141,36 @@ async def test_an_engine_that_stays_bad_is_given_up_with_its_last_words(fault, s
         with pytest.raises(EngineError, match=f"no completion after 3 attempts: .*({said})"):
             await extend(client)
         assert len(sglang.bodies("/generate")) == MAX_ATTEMPTS
+
+
+async def test_log_probs_that_are_not_finite_are_an_error_at_once():
+    async with connected() as (sglang, _, client):
+        sglang.generate_faults.append("nan")
+        with pytest.raises(NotFiniteError, match="log-probs that are not finite"):
+            await extend(client)
+        assert len(sglang.bodies("/generate")) == 1
+
+
+async def test_a_request_that_was_lost_twice_is_tried_while_no_other_one_runs():
+    async with connected() as (sglang, _, client):
+        sglang.latency_s = 0.05
+        beside = []
+
+        async def poison():
+            with pytest.raises(EngineError, match="no completion after 3 attempts"):
+                await extend(client, [66, 7])
+
+        async def innocent(token):
+            (completion,) = await extend(client, [token, 7])
+            assert len(completion.run) == 4
+
+        # a server that loses what runs in it, and is there again at once
+        sglang.dies_of = 66
+        sglang.on_death = lambda: beside.append(len(sglang.running))
+        innocents = [asyncio.create_task(innocent(token)) for token in range(10, 16)]
+        await until(lambda: len(sglang.running) == 6)
+        await asyncio.gather(poison(), *innocents)
+    assert (len(beside), beside[0], beside[-1]) == (3, 6, 0)
 
 
 async def test_a_retry_is_made_under_the_version_of_its_time():
@@ -393,3 +428,27 @@ async def test_the_entropy_of_the_last_token_is_given_where_it_is_asked_for():
 def test_entropy_of_all_tokens_is_that_of_the_distribution(probabilities):
     expected = -sum(p * np.log(p) for p in probabilities)
     assert entropy_of(np.log(probabilities).tolist()) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "failed"])
+async def test_work_that_is_cancelled_together_ends_what_it_does_on_its_way_out(ending):
+    done = []
+
+    async def quick():
+        await asyncio.sleep(0.01 if ending == "failed" else 60)
+        raise EngineError("the first")
+
+    async def careful():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.05)
+            done.append("said goodbye")
+
+    work = asyncio.create_task(all_of([quick(), careful()]))
+    await asyncio.sleep(0.05 if ending == "cancelled" else 0)
+    if ending == "cancelled":
+        work.cancel()
+    (outcome,) = await asyncio.gather(work, return_exceptions=True)
+    assert isinstance(outcome, asyncio.CancelledError if ending == "cancelled" else EngineError)
+    assert done == ["said goodbye"]

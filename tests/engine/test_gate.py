@@ -2,8 +2,10 @@ import asyncio
 import contextlib
 import time
 
+import msgspec
 import pytest
 import zmq
+import zmq.asyncio
 
 import treepo_async.engine.gate
 from tests.fakes import BASE, loopback, open_gate, running, until
@@ -11,7 +13,7 @@ from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.errors import DeadlineError
 from treepo_async.types import PolicyVersion
-from treepo_async.wire.messages import Evaluated, Join
+from treepo_async.wire.messages import Evaluated, Join, Nack, decode
 from treepo_async.wire.sockets import Requester
 
 FIRST, SECOND, THIRD = (PolicyVersion(0, step) for step in (1, 2, 3))
@@ -287,3 +289,21 @@ async def test_a_new_host_does_not_wait_for_an_evaluation_that_was_made_under_th
             assert keeper.is_held()
             await until(lambda: not keeper.is_held())
             assert gate.to_evaluate.empty()
+
+
+async def test_a_message_that_cannot_be_read_is_refused_under_its_number():
+    endpoint = loopback()
+    keeper = GateKeeper(endpoint)
+    peer = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+    peer.setsockopt(zmq.LINGER, 0)
+    try:
+        async with running(keeper.serve()), asyncio.timeout(10):
+            peer.connect(endpoint)
+            await peer.send(msgspec.msgpack.encode({"type": "Join", "request": 7, "bogus": 1}))
+            (frame,) = await peer.recv_multipart()
+    finally:
+        peer.close()
+        keeper.shut()
+    answer = decode(frame)
+    assert isinstance(answer, Nack)
+    assert (answer.request, answer.reason) == (7, "invalid")

@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 import treepo_async.engine.host
+import treepo_async.engine.vitals
 from tests.fakes import (
     BASE,
     VOCAB_SIZE,
@@ -435,6 +436,33 @@ async def test_a_server_that_keeps_dying_ends_the_host(tmp_path, base_dir):
     assert caught.group_contains(EngineError, match="gave up after 1 restarts: SGLang died")
 
 
+async def test_restarts_are_forgiven_once_weights_were_applied(tmp_path, base_dir):
+    async with house(tmp_path, base_dir, max_restarts=1) as it:
+        for number, version in enumerate((FIRST, SECOND, THIRD), start=2):
+            it.server.is_running = False
+            await until(lambda number=number: len(it.server.starts) == number)
+            publish_fake(it.store, version)
+            await it.applied(version)
+
+
+async def test_a_host_tells_every_second_how_its_server_is(tmp_path, base_dir, capsys):
+    async with house(tmp_path, base_dir) as it:
+        it.sglang.latency_s = 60.0
+        work = asyncio.create_task(sample(it))
+        await until(lambda: it.sglang.running)
+        told = []
+
+        def has_told():
+            told.extend(events_in(capsys.readouterr().out, "engine"))
+            return any(event["in_flight"] == 1 for event in told)
+
+        await until(has_told)
+        work.cancel()
+        await asyncio.gather(work, return_exceptions=True)
+    assert {event["trouble"] for event in told} == {""}
+    assert all(event["num_idle"] <= event["num_samples"] for event in told)
+
+
 async def test_the_next_version_waits_for_the_evaluation_of_the_one_before(tmp_path, base_dir):
     async with house(tmp_path, base_dir, evaluates=True) as it:
         await it.evaluation_of(BASE)
@@ -506,7 +534,7 @@ async def test_a_server_whose_weights_are_gone_begins_anew_from_the_initial_mode
 async def test_the_driver_hears_how_often_the_server_had_nothing_to_do(
     tmp_path, base_dir, capsys, monkeypatch
 ):
-    monkeypatch.setattr(treepo_async.engine.host, "SAMPLE_S", 0.03)
+    monkeypatch.setattr(treepo_async.engine.vitals, "SAMPLE_S", 0.03)
     async with house(tmp_path, base_dir) as it:
         it.sglang.running["somebody"] = asyncio.Event()
         await asyncio.sleep(0.4)

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 
+from treepo_async.engine.api_key import ensure_key
 from treepo_async.engine.server import ServerOptions, command
 
 OPTIONS = ServerOptions(7000, "float32", 512, None, 8, 64, Path("sglang.log"))
@@ -15,6 +16,17 @@ def words(*, updates_under_load, cuda):
 
 def value(flag, found):
     return found[found.index(flag) + 1]
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_the_key_is_in_no_command_line(tmp_path, cuda):
+    file = tmp_path / "key.yaml"
+    key = ensure_key(file)
+    found = command(replace(OPTIONS, key_file=file), Path("model"), "0.3", cuda=cuda)
+    assert value("--config", found) == str(file)
+    assert value("--host", found) == "127.0.0.1"
+    assert not any(key in word for word in found)
+    assert "--config" not in words(updates_under_load=False, cuda=cuda)
 
 
 @pytest.mark.parametrize("cuda", [True, False])

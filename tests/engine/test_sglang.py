@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import aiohttp
 import numpy as np
+import psutil
 import pytest
 import pytest_asyncio
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from tests.fakes import open_gate
 from tests.oracle import sequence_logprobs, tiny_qwen2
 from treepo_async.actor.expand import ExpandSettings, expand
 from treepo_async.engine.answer import Watch
+from treepo_async.engine.api_key import bearer, ensure_key, read_key
 from treepo_async.engine.client import EngineClient, SamplingSettings
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.server import Server, ServerOptions
@@ -121,9 +123,10 @@ async def house(store, tmp_path_factory):
         max_running_requests=16,
         prefill_chunk_tokens=512,
         log_file=tmp_path_factory.mktemp("log") / "sglang.log",
+        key_file=tmp_path_factory.mktemp("key") / "key.yaml",
     )
     async with (
-        aiohttp.ClientSession() as session,
+        aiohttp.ClientSession(headers=bearer(ensure_key(options.key_file))) as session,
         open_gate(BASE, timeout_s=CALL_S) as (keeper, gate),
     ):
         server = Server(options, session)
@@ -456,6 +459,30 @@ async def test_a_cancelled_request_frees_the_engine(house):
     await wait_idle(house.server)
     assert time.monotonic() - begin < 2.0
     assert len((await house.sample(prefix)).run) > 0
+
+
+async def test_without_the_key_nothing_but_its_health_is_told(house):
+    options, right = house.server.options, bearer(read_key(house.server.options.key_file))
+    answers = {}
+    for name, headers in (("right", right), ("wrong", bearer("0" * 32)), ("none", {})):
+        async with aiohttp.ClientSession(headers=headers) as session:
+            for method, path in (
+                ("POST", "/generate"),
+                ("POST", "/update_weights_from_disk"),
+                ("POST", "/abort_request"),
+                ("GET", "/server_info"),
+                ("GET", "/ready"),
+            ):
+                # no body: whoever gets through is told that one is missing
+                async with session.request(method, house.server.url + path) as answer:
+                    answers[name, path] = answer.status
+    for name in ("wrong", "none"):
+        statuses = {path: status for (who, path), status in answers.items() if who == name}
+        assert statuses.pop("/ready") == 200
+        assert set(statuses.values()) == {401}
+    assert 401 not in {status for (name, _), status in answers.items() if name == "right"}
+    key = read_key(options.key_file)
+    assert not any(key in " ".join(p.cmdline()) for p in psutil.process_iter())
 
 
 async def wait_idle(server):

@@ -4,10 +4,13 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 
 import pytest
 
-from treepo_async.replay.position import QueuePosition
+from treepo_async.cluster.verify import verify_run
+from treepo_async.replay.entry import State
+from treepo_async.replay.index import Index
 from treepo_async.weights.checkpoints import CheckpointStore
 
 BATCH, MAX_STALENESS = 4, 1
@@ -48,12 +51,11 @@ def check_whole(run, steps, *, untold=frozenset()):
     done = records(run)
     assert {record["step"] for record in done} | untold == set(range(1, steps + 1))
     assert max(record["staleness/max"] for record in done) <= MAX_STALENESS
-    _, position = QueuePosition.parse((run.run_dir / "replay" / "position.json").read_text())
-    position.check()
-    ended = dict(position.ended)
-    assert ended.pop("trained") == steps * BATCH
-    assert ended.keys() <= {"dropped"}, "none was given up"
-    assert (position.live, position.consumed) == ((), ())
+    assert [verdict.line() for verdict in verify_run(run.run_dir) if not verdict.holds] == []
+    index = Index.open(run.run_dir / "replay" / "index.sqlite")
+    states = Counter(row.state for row in index.leases())
+    assert states.pop(State.TRAINED) == steps * BATCH
+    assert states.keys() <= {State.DROPPED}, "none was given up, and none is left"
     assert not any("differ" in line for line in run.lines), "no alarm of log-probs"
     run.wait_until_gone(timeout_s=GONE_S)
 
@@ -92,6 +94,10 @@ def test_a_killed_role_is_started_again_and_the_run_does_all_its_steps(launch, r
     run = started(launch, steps, "checkpoint.every=3", at=at)
     kill(run.pid_of(role))
     check_whole(run, steps)
+    if role == "replay-0":
+        # what was on disk at the kill was not grown again
+        grown = sum(r["trees/accepted"] for r in records(run) if "trees/accepted" in r)
+        assert grown == steps * BATCH
     assert any(f"{role} was killed by SIGKILL; starting it again" in line for line in run.lines)
 
 

@@ -123,3 +123,14 @@ def test_a_folder_that_holds_a_run_is_not_written_to_where_it_shall_not_be_resum
     assert done.returncode == 2
     assert f"error: run_dir={run_dir} holds a run already" in done.stderr
     assert (run_dir / "config.yaml").read_text() == "steps: 1\n"
+
+
+def test_a_line_that_the_console_does_not_take_ends_nothing():
+    code = (
+        "import sys; sys.path.insert(0, '.'); from launch.run import say\n"
+        "sys.stdout = open('/dev/full', 'w')\n"
+        "say('a' * 9000); say('b')\n"
+        "sys.stdout = sys.__stdout__; say('on it goes')"
+    )
+    done = launched(code=code)
+    assert "on it goes" in done.stdout, done.stderr

@@ -19,7 +19,7 @@ from tests.fakes import (
     scoring_by,
     serve_replay,
 )
-from tests.learner.test_worker import RULES
+from tests.learner.test_worker import FRESH, RULES
 from treepo_async.actor.generation import Generation
 from treepo_async.actor.grow import Grower
 from treepo_async.actor.job import Job
@@ -27,11 +27,11 @@ from treepo_async.actor.output import Output
 from treepo_async.actor.replay_client import ReplayClient
 from treepo_async.actor.tally import Tally
 from treepo_async.actor.worker import Worker as ActorWorker
-from treepo_async.learner.worker import Start, Worker
+from treepo_async.learner.worker import Worker
 from treepo_async.replay.feed import TreeFeed
-from treepo_async.types import PolicyVersion
 from treepo_async.weights.checkpoints import CheckpointStore
 from treepo_async.weights.store import WeightStore
+from treepo_async.wire.messages import Hello
 from treepo_async.wire.sockets import BlockingRequester, Requester
 from treepo_async.wire.tree_file import TreeFile
 
@@ -76,14 +76,17 @@ async def train(model_dir, folder, endpoint):
     """The weights after all steps."""
     folder.mkdir()
     team = team_of(model_dir)
-    replay = BlockingRequester(endpoint, name="learner-0", owner="replay", resend_s=1.0)
+    hello = Hello(name="learner-0", run_id="run")
+    replay = BlockingRequester(
+        endpoint, name="learner-0", owner="replay", hello=hello, resend_s=1.0
+    )
     worker = Worker(
         team,
         replay,
         WeightStore(folder / "weights", keep=10),
         CheckpointStore(folder / "checkpoints", keep=1),
         config_file=Path(model_dir) / "config.json",
-        start=Start(PolicyVersion(0, 0), newest_published=-1),
+        start=FRESH,
         rules=replace(RULES, num_steps=NUM_STEPS, eval_every=0, save_every=NUM_STEPS),
     )
     try:
@@ -97,17 +100,19 @@ async def train(model_dir, folder, endpoint):
 async def train_live(model_dir, folder):
     async with (
         serve_replay(prompt=numbered_prompt, **QUEUE) as (_, endpoint),
-        Requester(endpoint, name="actor-0", owner="replay") as requester,
+        Requester(
+            endpoint, name="actor-0", owner="replay", hello=Hello(name="actor-0", run_id="run")
+        ) as requester,
         running(ActorWorker(ReplayClient(requester), grower()).run(concurrent_trees=3)),
     ):
         return await train(model_dir, folder, endpoint)
 
 
 async def train_offline(model_dir, folder, trees):
-    async with serve_replay(**QUEUE) as (server, endpoint):
-        server.feed = TreeFeed(
-            trees, epochs=1, max_tokens=512, queue=server.queue, spool=server.spool
-        )
+    def make_feed(group):
+        return TreeFeed(trees, epochs=1, max_tokens=512, queue=group.queue, keep=group.add)
+
+    async with serve_replay(make_feed=make_feed, **QUEUE) as (_, endpoint):
         return await train(model_dir, folder, endpoint)
 
 

@@ -65,6 +65,7 @@ def test_a_record_puts_the_roles_numbers_under_their_names():
         "tokens/decoded": 100,
         "tokens/delivered": 200,
         "tokens/wasted": 10,
+        "tokens/stale": 0,
         "tokens/decoded_per_delivered": 0.5,
         "cache/hit_share": 0.75,
         "engine/http_s": 0.05,
@@ -93,6 +94,15 @@ def test_what_nothing_is_known_of_is_none():
     assert {name for name, value in record.items() if value is None} == unknown
     assert record["idle/learner"] == 0
     assert record["tokens/decoded"] == 0
+
+
+def test_trees_that_came_too_late_are_counted_with_what_they_cost():
+    recorder = Recorder()
+    for outcome in ("accepted", "stale", "degenerate", "stale"):
+        recorder.tree(tree(outcome))
+    record = recorder.step(step(), None)
+    assert (record["trees/stale"], record["tokens/stale"]) == (2, 120)
+    assert record["tokens/decoded"] == 240
 
 
 def test_each_step_counts_from_nothing():

@@ -7,13 +7,23 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.fakes import VOCAB_SIZE, events_in, serve_replay
+from tests.fakes import LIMITS, VOCAB_SIZE, events_in, serve_replay, until
 from tests.oracle import random_tree
 from treepo_async.errors import DataError, TreepoError
 from treepo_async.replay.feed import TreeFeed, adopted, check_length
+from treepo_async.replay.server import ReplayServer
 from treepo_async.types import NO_LINEAGE
-from treepo_async.wire.codec import decode_tree
-from treepo_async.wire.messages import AskBatch, AskLease, Batch, NoBatch, NoLease, Published
+from treepo_async.wire.codec import decode_tree, encode_tree
+from treepo_async.wire.messages import (
+    AskBatch,
+    AskLease,
+    Batch,
+    Hello,
+    NoBatch,
+    NoLease,
+    Published,
+    Retired,
+)
 from treepo_async.wire.sockets import Requester
 
 
@@ -50,7 +60,7 @@ class Learner:
 
     async def batch(self, step):
         """The trees of a step; None when there are no more."""
-        answer, frames = await self.ask(AskBatch(step=step, wait_s=0.5))
+        answer, frames = await self.ask(AskBatch(step=step, lineage=0, wait_s=0.5))
         if isinstance(answer, NoBatch):
             assert answer.final, answer.reason
             return None
@@ -61,16 +71,23 @@ class Learner:
     async def train(self, step):
         trees = await self.batch(step)
         if trees is not None:
-            await self.ask(Published(step=step + 1, consumed_step=step))
+            await self.ask(Published(step=step + 1, lineage=0, consumed_step=step))
         return trees
 
 
 @contextlib.asynccontextmanager
 async def feeding(trees, *, epochs=1, max_tokens=1000, name="learner-0", **options):
     rules = {"num_batches": 100, "max_staleness": 0, "drop_degenerate": True, **options}
-    async with serve_replay(**rules) as (server, endpoint), asyncio.timeout(30):
-        server.feed = TreeFeed(Trees(trees), epochs, max_tokens, server.queue, server.spool)
-        async with Requester(endpoint, name=name, owner="replay") as replay:
+
+    def make(group):
+        return TreeFeed(Trees(trees), epochs, max_tokens, group.queue, group.add)
+
+    async with (
+        serve_replay(make_feed=make, **rules) as (server, endpoint),
+        asyncio.timeout(30),
+    ):
+        hello = Hello(name=name, run_id="run")
+        async with Requester(endpoint, name=name, owner="replay", hello=hello) as replay:
             yield Learner(replay), server
         server.queue.check_integrity()
 
@@ -141,11 +158,17 @@ async def test_what_cannot_be_used_is_told_and_passed_over(capsys):
 
 async def test_a_file_of_nothing_but_damage_ends_the_run():
     bad = [DataError(f"entry {i} is damaged") for i in range(30)]
-    async with serve_replay(num_batches=9) as (server, _), asyncio.timeout(20):
-        server.feed = TreeFeed(Trees(bad), 1, 100, server.queue, server.spool)
+
+    class Idle(ReplayServer):
+        async def run(self):
+            await asyncio.Event().wait()
+
+    def make(group):
+        return TreeFeed(Trees(bad), 1, 100, group.queue, group.add)
+
+    async with serve_replay(num_batches=9, make_feed=make, server_type=Idle) as (server, _):
         with pytest.raises(TreepoError, match="8 prompts in a row were lost"):
-            await server._serve_waiting()
-        server.feed = None
+            server._turn([], 0.0)
 
 
 async def test_an_actor_gets_no_lease_and_is_told_so_for_good():
@@ -181,3 +204,19 @@ def test_a_tree_longer_than_the_model_is_refused():
     check_length(tree, longest)
     with pytest.raises(DataError, match=f"have {longest} tokens, the model has {longest - 1}"):
         check_length(tree, longest - 1)
+
+
+async def test_no_tree_is_taken_from_the_file_beyond_the_disk_budget_until_a_checkpoint_makes_room():
+    trees = spread_trees(12)
+    limits = replace(LIMITS, max_disk_bytes=4 * max(map(size_of, trees)))
+    async with feeding(trees, max_staleness=5, limits=limits) as (learner, server):
+        await until(lambda: server.store.num_bytes > 0)
+        assert len(server.queue.order.live) < 6
+        for step in range(6):
+            assert server.store.num_bytes <= limits.max_disk_bytes
+            assert await learner.train(step) is not None
+            await learner.ask(Retired(step=step))
+
+
+def size_of(tree):
+    return sum(map(len, encode_tree(tree))) + 200

@@ -1,19 +1,13 @@
-import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from dataclasses import replace
 
-from treepo_async.errors import RefusedError
-from treepo_async.replay.entry import LIVE, State
-from treepo_async.replay.position import QueuePosition
-from treepo_async.replay.queue import Queue
+import pytest
+
+from tests.replay.journal import Journal, comparable
+from treepo_async.errors import DataError, RefusedError
+from treepo_async.replay.entry import State
+from treepo_async.replay.queue import UNHEARD_S, Queue
 from treepo_async.replay.rules import QueueRules
+from treepo_async.replay.state import Changes
 
 
 def queue_of(**changes):
@@ -53,7 +47,7 @@ def lease_all(queue, now=0.0):
 def test_admission_lets_as_many_prompts_out_as_staleness_allows(max_staleness):
     queue = queue_of(max_staleness=max_staleness)
     assert len(lease_all(queue)) == (max_staleness + 1) * 2
-    queue.publish(1, 0)
+    queue.publish(1, 0, 0)
     assert len(lease_all(queue)) == 2, "each publication makes room for one batch"
 
 
@@ -77,8 +71,8 @@ def test_least_step_follows_from_the_place_in_the_order():
 
 def test_a_silent_actors_lease_waits_and_goes_to_the_next_who_asks():
     queue = queue_of(max_staleness=0, lease_timeout_s=10)
-    first, second = lease_all(queue)
-    queue.beat([second.lease_id], now=8)
+    first, second = queue.lease(0, "a"), queue.lease(0, "b")
+    assert queue.beat("b", [second.lease_id], 8) == []
     assert queue.expire(now=10.5) == [first]
     assert (first.state, second.state) == (State.WAITING, State.LEASED)
     assert queue.lease(now=11) is first
@@ -90,8 +84,70 @@ def test_a_beat_for_a_lease_that_is_not_out_changes_nothing():
     queue = queue_of(max_staleness=0)
     first, _ = lease_all(queue)
     put(queue, first)
-    queue.beat([first.lease_id, "never"], now=5)
+    assert queue.beat("", [first.lease_id, "never"], 5) == [first.lease_id, "never"]
     assert first.state is State.ACCEPTED
+
+
+def test_a_beat_says_which_leases_are_lost_and_keeps_none_of_another_actors():
+    queue = queue_of(max_staleness=0, lease_timeout_s=10)
+    lost, kept = queue.lease(0, "a"), queue.lease(0, "a")
+    queue.expire(11)
+    assert (queue.lease(12, "b"), queue.lease(12, "a")) == (lost, kept)
+    assert queue.beat("a", [lost.lease_id, kept.lease_id], 20) == [lost.lease_id]
+    assert queue.expire(23) == [lost], "its owner did not beat, whoever else did"
+    assert kept.state is State.LEASED
+
+
+def test_a_lease_that_its_actor_never_speaks_of_goes_to_another_and_costs_no_attempt():
+    queue = queue_of(max_staleness=0, lease_timeout_s=1000)
+    silent, named = queue.lease(0, "a"), queue.lease(0, "a")
+    queue.beat("a", [named.lease_id], UNHEARD_S)
+    assert silent.state is State.LEASED, "the answer may be on its way"
+    queue.beat("a", [named.lease_id], UNHEARD_S + 1)
+    assert (silent.state, silent.tries, silent.failed) == (State.WAITING, 0, ())
+    assert named.state is State.LEASED
+
+
+def test_a_lease_of_an_earlier_process_goes_to_another_at_the_first_beat_that_does_not_name_it():
+    rules = {"max_staleness": 0, "lease_timeout_s": 1000}
+    before = queue_of(**rules)
+    lost, held = before.lease(0, "a"), before.lease(0, "a")
+    queue = Queue.of(before.rules, before.state(), now=100.0)
+    queue.beat("a", [held.lease_id], 100.5)
+    assert queue.is_leased(lost.lease_id, 1), "the answer may be on its way"
+    queue.beat("a", [held.lease_id], 101.5)
+    assert not queue.is_leased(lost.lease_id, 1)
+    assert queue.is_leased(held.lease_id, 1)
+
+
+def test_no_deadline_goes_on_while_nothing_can_be_taken():
+    queue = queue_of(max_staleness=0, lease_timeout_s=10, lease_limit_s=15)
+    entry = queue.lease(0, "a")
+    queue.postpone(100)
+    assert queue.expire(109) == []
+    assert queue.expire(111) == [entry]
+
+
+def test_a_lease_ends_at_its_limit_however_often_its_actor_beats():
+    queue = queue_of(max_staleness=0, lease_timeout_s=10, lease_limit_s=30)
+    entry = queue.lease(0, "a")
+    for now in (8, 16, 24):
+        assert queue.beat("a", [entry.lease_id], now) == []
+        assert queue.expire(now) == []
+    queue.beat("a", [entry.lease_id], 30)
+    assert queue.expire(31) == [entry]
+    assert queue.reasons == {"lease_too_long": 1}
+    assert queue.beat("a", [entry.lease_id], 32) == [entry.lease_id]
+
+
+def test_the_leases_of_an_actor_that_has_ended_are_taken_back_at_once():
+    queue = queue_of(max_staleness=1)
+    mine, other, accepted = queue.lease(0, "a"), queue.lease(0, "b"), queue.lease(0, "a")
+    put(queue, accepted)
+    assert queue.release("a") == [mine]
+    assert (mine.state, mine.failed, mine.attempt) == (State.WAITING, ("a",), 1)
+    assert (other.state, accepted.state) == (State.LEASED, State.ACCEPTED)
+    assert queue.reasons == {"actor_ended": 1}
 
 
 def test_an_actor_that_gives_up_lets_another_try():
@@ -111,6 +167,67 @@ def test_late_words_about_an_older_attempt_change_nothing():
     assert (first.state, first.attempt) == (State.LEASED, 2)
 
 
+def fail(queue, entry, actor):
+    """One attempt of an actor on an entry that waits for it. Whether the prompt is lost."""
+    assert queue.may_lease(actor)
+    assert queue.lease(0, actor) is entry
+    return queue.give_up(entry.lease_id, entry.attempt, "EngineError")
+
+
+def test_an_actor_that_failed_on_a_prompt_gets_it_again_only_where_all_others_have_failed_too():
+    queue = queue_of(max_staleness=0, max_attempts=9)
+    queue.actors = frozenset({"a", "b"})
+    entry = queue.lease(0, "a")
+    queue.give_up(entry.lease_id, 1, "EngineError")
+    other = queue.lease(0, "a")
+    assert other is not entry
+    assert not queue.may_lease("a"), "one is out, and the other is not for it"
+    assert not fail(queue, entry, "b")
+    assert not fail(queue, entry, "a")
+    assert entry.failed == ("a", "b")
+
+
+def test_a_prompt_waits_for_no_actor_that_has_left():
+    queue = queue_of(max_staleness=0)
+    queue.actors = frozenset({"a", "b"})
+    entry, _ = queue.lease(0, "a"), queue.lease(0, "a")
+    queue.give_up(entry.lease_id, 1, "EngineError")
+    assert not queue.may_lease("a")
+    queue.actors = frozenset({"a"})
+    assert queue.may_lease("a")
+
+
+@pytest.mark.parametrize(
+    ("actors", "tries"),
+    [
+        ("a", "aaa"),
+        ("ab", "aba"),
+        ("abc", "abc"),
+    ],
+)
+def test_a_prompt_is_quarantined_after_its_last_attempt_by_two_actors_or_the_only_one(
+    actors, tries
+):
+    queue = queue_of(max_attempts=3, max_staleness=0, prompts_per_batch=1)
+    queue.actors = frozenset(actors)
+    poison = queue.order.new()
+    lost = [fail(queue, poison, actor) for actor in tries]
+    assert lost == [False] * (len(tries) - 1) + [True]
+    assert poison.state is State.QUARANTINED
+    assert queue.num_lost == 1
+
+
+def test_one_actor_alone_cannot_condemn_a_prompt_while_there_is_another():
+    queue = queue_of(max_attempts=2, max_staleness=0, prompts_per_batch=1)
+    queue.actors = frozenset({"a"})
+    poison = queue.order.new()
+    assert not fail(queue, poison, "a")
+    queue.lease(0, "a")
+    queue.actors = frozenset({"a", "b"})
+    assert not queue.give_up(poison.lease_id, 2, "EngineError")
+    assert fail(queue, poison, "b"), "the second actor ends it"
+
+
 def test_a_prompt_is_quarantined_after_its_last_attempt_and_replaced():
     queue = queue_of(max_attempts=3, max_staleness=0)
     poison, other = lease_all(queue)
@@ -125,19 +242,26 @@ def test_a_prompt_is_quarantined_after_its_last_attempt_and_replaced():
     for entry in (other, replacement):
         put(queue, entry)
     assert queue.next_batch(0) == [other, replacement]
-    assert queue.reasons == {"EngineError": 3, "too_many_attempts": 1}
+    assert queue.ledger() == {
+        "consumed": 2,
+        "quarantined": 1,
+        "reason/EngineError": 3,
+        "reason/too_many_attempts": 1,
+    }
     assert put(queue, poison) == "duplicate", "its late tree comes to nothing"
 
 
 def test_a_lease_that_did_not_reach_its_actor_costs_no_attempt():
     queue = queue_of(max_attempts=1)
     first = queue.lease(0)
-    for _ in range(5):
-        queue.hand_back(first.lease_id, 1)
+    for attempt in range(1, 6):
+        queue.hand_back(first.lease_id, attempt)
         assert first.state is State.WAITING
         queue.check_integrity()
         assert queue.lease(0) is first
-    assert (first.state, first.attempt) == (State.LEASED, 1)
+    assert (first.state, first.tries) == (State.LEASED, 1)
+    assert not queue.is_leased(first.lease_id, 1), "whoever had it before speaks of another one"
+    assert queue.give_up(first.lease_id, 6, "EngineError")
 
 
 def test_only_a_lease_that_is_out_at_that_attempt_is_handed_back():
@@ -162,7 +286,7 @@ def test_the_first_tree_of_a_lease_counts_and_later_ones_are_duplicates():
     put(queue, second)
     queue.next_batch(0)
     assert put(queue, first) == "duplicate"
-    queue.publish(1, 0)
+    queue.publish(1, 0, 0)
     assert put(queue, first) == "duplicate"
     assert first.state is State.TRAINED
 
@@ -190,7 +314,7 @@ def stale_queue():
     for entry in lease_all(queue):
         put(queue, entry)
     queue.next_batch(0)
-    queue.publish(1, 0)
+    queue.publish(1, 0, 0)
     return queue, queue.lease(0)
 
 
@@ -239,7 +363,7 @@ def test_degenerate_trees_are_replaced_at_once_up_to_max_refills():
         outcomes.append(put(queue, queue.lease(0), has_spread=False))
     assert outcomes == ["degenerate"] * 3 + ["accepted"] * 2
     assert queue.next_batch(0) is not None
-    queue.publish(1, 0)
+    queue.publish(1, 0, 0)
     assert put(queue, queue.lease(0), oldest_step=1, has_spread=False) == "degenerate", (
         "refills count anew for the next batch"
     )
@@ -285,7 +409,7 @@ def test_a_batch_asked_for_again_is_the_same():
     batch = queue.next_batch(0)
     assert queue.next_batch(0) == batch
     assert [e.state for e in batch] == [State.CONSUMED] * 2
-    queue.publish(1, 0)
+    queue.publish(1, 0, 0)
     assert [e.state for e in batch] == [State.TRAINED] * 2
 
 
@@ -304,14 +428,14 @@ def test_at_staleness_zero_nothing_is_leased_between_consumption_and_publication
         put(queue, entry)
     queue.next_batch(0)
     assert not queue.may_lease()
-    queue.publish(1, 0)
+    queue.publish(1, 0, 0)
     assert queue.may_lease()
 
 
 def test_an_older_publication_never_lowers_the_newest_one():
     queue = queue_of()
-    queue.publish(3, 2)
-    queue.publish(2, 1)
+    queue.publish(3, 0, 2)
+    queue.publish(2, 0, 1)
     assert queue.published == 3
 
 
@@ -390,7 +514,7 @@ def trained_queue(num_trained, **changes):
         for entry in lease_all(queue):
             put(queue, entry, oldest_step=step)
         batches.append([entry.lease_id for entry in queue.next_batch(step)])
-        queue.publish(step + 1, step)
+        queue.publish(step + 1, 0, step)
     return queue, batches
 
 
@@ -398,10 +522,15 @@ def ids_of(entries):
     return [entry.lease_id for entry in entries]
 
 
-def restored(queue):
-    """The queue after its process died, as far as it had been written."""
-    _, position = QueuePosition.parse(queue.position().to_json("run"))
-    return Queue.from_position(queue.rules, position)
+def restored(queue, now=0.0):
+    """The queue after its process died, with everything written down."""
+    journal = Journal()
+    journal.apply(Changes(queue.state().counts, queue.state().rows, (), queue.state().steps))
+    return Queue.of(queue.rules, journal.state(), now=now)
+
+
+def resumed(queue, step):
+    return Queue.of(queue.rules, queue.state().resumed_at(step), now=0.0)
 
 
 def test_a_learner_that_goes_back_gets_the_same_trees_in_the_same_order_until_they_are_retired():
@@ -409,7 +538,7 @@ def test_a_learner_that_goes_back_gets_the_same_trees_in_the_same_order_until_th
     ledger = queue.ledger()
     for step in range(4):
         assert ids_of(queue.next_batch(step)) == batches[step]
-        queue.publish(step + 1, step)
+        queue.publish(step + 1, 0, step)
     assert (queue.published, queue.ledger()) == (4, ledger)
     assert ids_of(queue.retire(1)) == [*batches[0], *batches[1]]
     assert queue.ledger() == ledger, "retired ones stay counted"
@@ -423,7 +552,7 @@ def test_retiring_again_or_beyond_what_is_consumed_does_nothing():
     assert len(queue.retire(0)) == 2
     assert queue.retire(0) == []
     assert ids_of(queue.retire(99)) == batches[1]
-    assert queue.position().num_retired == 2
+    assert queue.state().counts.num_retired == 2
     queue.check_integrity()
 
 
@@ -440,16 +569,17 @@ def test_what_has_ended_is_counted_and_not_kept():
         queue.accept("000000018", 1, oldest_step=9, has_spread=True, is_scored=True)
 
 
-def test_a_restored_queue_hands_out_the_same_leases_in_the_same_order():
+def test_a_restored_queue_keeps_what_was_accepted_and_who_holds_what():
     queue, _ = trained_queue(1, max_staleness=2)
-    live = [entry.lease_id for entry in queue.order.live.values()]
-    states = {entry.state for entry in queue.order.live.values()}
-    assert State.ACCEPTED in states
+    held = queue.lease(0, "a")
     before = queue.ledger()
-    queue = restored(queue)
-    assert queue.ledger() == {"trained": 2, "waiting": 4}
-    assert sum(before.values()) == 6
-    assert [entry.lease_id for entry in lease_all(queue)][:4] == live
+    queue = restored(queue, now=100)
+    assert queue.ledger() == before
+    assert before["accepted"] > 0
+    assert queue.is_held(held.lease_id, "a")
+    assert queue.expire(100 + queue.rules.lease_timeout_s) == [], "it has its time anew"
+    assert ids_of(queue.expire(101 + queue.rules.lease_timeout_s)) == [held.lease_id]
+    assert queue.lease(200, "b").lease_id == held.lease_id
     queue.check_integrity()
 
 
@@ -460,7 +590,8 @@ def test_a_restored_queue_stands_where_the_other_stood():
     assert put(queue, first, oldest_step=3, has_spread=False) == "degenerate"
     queue.end_of_data(queue.lease(0).lease_id)
     again = restored(queue)
-    assert again.position() == queue.position()
+    assert again.state() == queue.state()
+    assert again.ledger() == queue.ledger()
     assert again.exhausted
     queue.exhausted = False
     again = restored(queue)
@@ -490,15 +621,15 @@ def test_a_tree_that_was_grown_before_the_restart_is_accepted_whatever_its_attem
     assert ids_of(queue.next_batch(0)) == [first.lease_id, second.lease_id]
 
 
-def test_a_tree_of_a_lease_given_after_the_last_position_is_refused_and_the_lease_given_anew():
+def test_a_tree_of_a_lease_that_was_never_written_down_is_refused_and_the_lease_given_anew():
     queue = queue_of()
-    position = queue.position()
+    state = queue.state()
     lost = queue.lease(0)
-    queue = Queue.from_position(queue.rules, position)
+    queue = Queue.of(queue.rules, state, now=0.0)
     with pytest.raises(RefusedError, match="unknown_lease"):
         put(queue, lost)
     queue.give_up(lost.lease_id, 1, "EngineError")
-    queue.beat([lost.lease_id], 5)
+    assert queue.beat("", [lost.lease_id], 5) == [lost.lease_id]
     assert queue.lease(0).prompt_index == lost.prompt_index
 
 
@@ -508,9 +639,9 @@ def test_a_publication_that_is_told_to_a_restored_queue_trains_its_batch():
         put(queue, entry)
     queue.next_batch(0)
     queue = restored(queue)
-    assert queue.ledger() == {"consumed": 2, "waiting": 2}
-    queue.publish(1, 0)
-    assert queue.ledger() == {"trained": 2, "waiting": 2}
+    assert queue.ledger() == {"consumed": 2, "accepted": 2}
+    queue.publish(1, 0, 0)
+    assert queue.ledger() == {"trained": 2, "accepted": 2}
 
 
 def test_a_lost_batch_and_all_later_ones_return_to_the_front():
@@ -521,7 +652,12 @@ def test_a_lost_batch_and_all_later_ones_return_to_the_front():
     lost = queue.unconsume(1, has_tree=lambda _: False)
     assert ids_of(lost) == [*batches[1], *batches[2]]
     assert list(queue.order.live) == [*batches[1], *batches[2], *live]
-    assert queue.ledger() == {"trained": 2, "waiting": 4 + len(live)}
+    assert queue.ledger() == {
+        "trained": 2,
+        "waiting": 4,
+        "accepted": len(live),
+        "reason/batch_lost": 4,
+    }
     queue.check_integrity()
     for entry in lease_all(queue)[:2]:
         put(queue, entry, oldest_step=queue.published)
@@ -534,26 +670,41 @@ def test_a_later_batch_whose_trees_are_still_there_needs_no_actor():
     lost = queue.unconsume(0, has_tree=lambda lease_id: lease_id != batches[0][1])
     assert ids_of(lost) == [batches[0][1]]
     entry = queue.lease(0)
-    assert (entry.lease_id, entry.attempt) == (batches[0][1], 1)
+    assert (entry.lease_id, entry.attempt, entry.tries) == (batches[0][1], 2, 1)
     put(queue, entry, oldest_step=2)
     assert ids_of(queue.next_batch(0)) == batches[0]
     assert ids_of(queue.next_batch(1)) == batches[1]
 
 
-def test_a_resumed_queue_leases_no_further_ahead_than_a_new_one_would():
-    queue, _ = trained_queue(4, max_staleness=1)
-    lease_all(queue)
-    queue = Queue.from_position(queue.rules, queue.position().resumed_at(1))
-    assert (queue.published, queue.ledger()["trained"]) == (1, 2)
-    assert ids_of(lease_all(queue)) == [f"{i:09d}" for i in (2, 3, 4, 5)]
-    assert queue.ledger()["waiting"] > 0
+def test_a_resumed_queue_gives_the_same_batches_and_leases_no_further_ahead_than_a_new_one_would():
+    queue, batches = trained_queue(4, max_staleness=1)
+    (held,) = {entry.lease_id for entry in lease_all(queue)[:1]}
+    queue = resumed(queue, 1)
     queue.check_integrity()
+    assert (queue.published, queue.ledger()["trained"], queue.ledger()["consumed"]) == (1, 2, 6)
+    entry = queue.order.live[held]
+    assert (entry.state, entry.owner, entry.tries) == (State.WAITING, "", 0)
+    assert not queue.may_lease(), "the batches that are given out again come first"
+    for step in (1, 2, 3):
+        assert ids_of(queue.next_batch(step)) == batches[step]
+        assert not queue.may_lease() or step == 3
+        queue.publish(step + 1, 1, step)
+    assert queue.may_lease()
+    assert queue.ledger()["trained"] == 8
+
+
+@pytest.mark.parametrize("step", [0, 5])
+def test_a_run_resumes_only_where_its_batches_are_kept(step):
+    queue, _ = trained_queue(4)
+    queue.retire(0)
+    with pytest.raises(DataError, match=f"from policy steps 1 to 4, not from {step}"):
+        resumed(queue, step)
 
 
 def test_the_entry_beyond_the_data_counts_as_never_leased():
     queue = queue_of()
     lease_all(queue)
-    queue = restored(queue)
+    queue = resumed(queue, 0)
     for _ in range(2):
         queue.lease(0)
     late = queue.lease(0)
@@ -563,308 +714,8 @@ def test_the_entry_beyond_the_data_counts_as_never_leased():
     )
     last = queue.lease(0)
     queue.end_of_data(last.lease_id)
-    assert queue.position().next_index == 3
+    assert queue.state().counts.next_index == 3
     queue.check_integrity()
-
-
-# ------------------------------------------------------------------ any order of events
-
-
-class AnyOrder(RuleBasedStateMachine):
-    """Actors and a learner that do whatever they like, and processes that die.
-
-    In the end, a willing pair must still finish the run.
-    """
-
-    @initialize(
-        max_staleness=st.integers(0, 2),
-        prompts_per_batch=st.integers(1, 3),
-        num_batches=st.integers(1, 4),
-        max_attempts=st.integers(1, 3),
-        drop_degenerate=st.booleans(),
-        max_refills=st.integers(0, 3),
-    )
-    def begin(self, **rules):
-        self.queue = Queue(QueueRules(lease_timeout_s=10.0, **rules))
-        self.rules = self.queue.rules
-        self.now = 0.0
-        self.step = 0
-        """Of the batch that is asked for next."""
-        self.in_training = False
-        self.given: list[tuple[str, int]] = []
-        """Every lease and attempt that went out."""
-        self.oldest_step: dict[str, int] = {}
-        """Of each tree that is in the spool."""
-        self.batches: dict[int, list[str]] = {}
-        """That the learner got, by step."""
-        self.ended: set[str] = set()
-        """Dropped or quarantined."""
-        self.num_leased = 0
-        self.at_checkpoint: dict[int, tuple[str, set[str]]] = {}
-        self.save()
-
-    def save(self):
-        """What is on disk: the position, and beside it what the test itself knows at that moment."""
-        self.saved = self.queue.position().to_json("run"), set(self.ended)
-
-    def load(self, saved, step=None):
-        text, self.ended = saved[0], set(saved[1])
-        _, position = QueuePosition.parse(text)
-        self.queue = Queue.from_position(
-            self.rules, position if step is None else position.resumed_at(step)
-        )
-        self.num_leased = position.next_index
-        self.oldest_step = {}
-
-    def state(self, lease_id):
-        """Of an entry that is kept; None for all others."""
-        kept = {entry.lease_id: entry.state for entry in self.queue.order.kept()}
-        return kept.get(lease_id)
-
-    # ---------------------------------------------------------------- actors
-
-    def take(self):
-        """A lease, counted."""
-        known = {entry.lease_id for entry in self.queue.order.kept()}
-        entry = self.queue.lease(self.now)
-        self.num_leased += entry.lease_id not in known
-        return entry, entry.lease_id not in known
-
-    @precondition(lambda self: self.queue.may_lease())
-    @rule(fate=st.sampled_from(["given", "given", "given", "bad prompt", "lost on the way"]))
-    def lease(self, fate):
-        entry, is_new = self.take()
-        assert self.queue.least_step(entry.lease_id) <= self.queue.published, "can be sampled now"
-        if fate == "bad prompt" and is_new:
-            self.queue.skip(entry.lease_id, "bad_prompt")
-            self.ended.add(entry.lease_id)
-        elif fate == "lost on the way":
-            self.queue.hand_back(entry.lease_id, entry.attempt)
-        else:
-            self.given.append((entry.lease_id, entry.attempt))
-
-    @precondition(lambda self: self.queue.may_lease())
-    @rule()
-    def end_of_data(self):
-        entry, is_new = self.take()
-        if is_new:
-            self.queue.end_of_data(entry.lease_id)
-            self.num_leased -= 1
-            assert self.queue.exhausted
-        else:
-            self.given.append((entry.lease_id, entry.attempt))
-
-    @precondition(lambda self: self.given)
-    @rule(data=st.data(), seconds=st.floats(0, 12))
-    def time_passes(self, data, seconds):
-        alive = data.draw(st.lists(st.sampled_from(self.given), max_size=4), label="alive")
-        self.now += seconds
-        beaten = [lease_id for lease_id, _ in alive]
-        self.queue.beat(beaten, self.now)
-        for entry in self.queue.expire(self.now):
-            assert entry.lease_id not in beaten
-            assert entry.state in (State.WAITING, State.QUARANTINED)
-            if entry.state is State.QUARANTINED:
-                self.ended.add(entry.lease_id)
-
-    @precondition(lambda self: self.given)
-    @rule(data=st.data())
-    def give_up(self, data):
-        lease_id, attempt = data.draw(st.sampled_from(self.given))
-        before = self.state(lease_id)
-        was_out = self.queue.is_leased(lease_id, attempt)
-        is_lost = self.queue.give_up(lease_id, attempt, "EngineError")
-        if is_lost:
-            self.ended.add(lease_id)
-        expected = before if not was_out else None if is_lost else State.WAITING
-        assert self.state(lease_id) is expected
-
-    @precondition(lambda self: self.given)
-    @rule(data=st.data(), age=st.integers(0, 3), has_spread=st.booleans(), is_scored=st.booleans())
-    def deliver(self, data, age, has_spread, is_scored):
-        lease_id, attempt = data.draw(st.sampled_from(self.given))
-        self.put(lease_id, attempt, max(0, self.queue.published - age), has_spread, is_scored)
-
-    @rule(ages=st.lists(st.none() | st.integers(0, 2), min_size=1, max_size=6))
-    def work(self, ages):
-        """Lease what there is, and deliver trees of these ages; None is not ready yet."""
-        while self.queue.may_lease():
-            entry, _ = self.take()
-            self.given.append((entry.lease_id, entry.attempt))
-        entries = [e for e in self.queue.order.live.values() if e.state is State.LEASED]
-        for entry, age in zip(entries, ages, strict=False):
-            if age is not None:
-                oldest_step = max(0, self.queue.published - age)
-                self.put(entry.lease_id, entry.attempt, oldest_step, True, True)
-
-    @rule(lease_id=st.sampled_from(["", "999999999", "x", "0", "٠٠٠٠٠٠٠٠٠", "9" * 5000]))
-    def deliver_for_no_lease(self, lease_id):
-        with pytest.raises(RefusedError, match="unknown_lease"):
-            self.queue.accept(lease_id, 1, oldest_step=0, has_spread=True, is_scored=True)
-
-    def put(self, lease_id, attempt, oldest_step, has_spread, is_scored):
-        tree = {"oldest_step": oldest_step, "has_spread": has_spread, "is_scored": is_scored}
-        before, runs = self.state(lease_id), self.queue.is_leased(lease_id, attempt)
-        if int(lease_id) >= self.num_leased:
-            with pytest.raises(RefusedError, match="unknown_lease"):
-                self.queue.accept(lease_id, attempt, **tree)
-            return
-        is_open = before in (State.WAITING, State.LEASED)
-        if is_open and oldest_step < self.queue.least_step(lease_id):
-            with pytest.raises(RefusedError, match="stale"):
-                self.queue.accept(lease_id, attempt, **tree)
-            assert runs or self.state(lease_id) is before, "who runs now is left alone"
-            if self.state(lease_id) is None:
-                self.ended.add(lease_id)
-            return
-        outcome = self.queue.accept(lease_id, attempt, **tree)
-        assert (outcome == "duplicate") == (not is_open)
-        if outcome == "duplicate":
-            assert self.state(lease_id) is before
-        elif outcome == "accepted":
-            assert is_scored
-            assert lease_id not in self.oldest_step, "at most one tree of a lease"
-            self.oldest_step[lease_id] = oldest_step
-        else:
-            self.ended.add(lease_id)
-            assert self.state(lease_id) is None
-            assert outcome == ("reward_error" if not is_scored else "degenerate")
-
-    # ---------------------------------------------------------------- learner
-
-    @precondition(lambda self: not self.in_training and self.step < self.rules.num_batches)
-    @rule()
-    def ask_batch(self):
-        batch = self.queue.next_batch(self.step)
-        if batch is None:
-            return
-        lease_ids = ids_of(batch)
-        self.save()
-        if not self.oldest_step.keys() >= set(lease_ids):
-            self.grow_again()
-            return
-        assert lease_ids == self.batches.get(self.step, lease_ids), "asked again"
-        self.batches[self.step] = lease_ids
-        assert len(batch) == self.rules.prompts_per_batch
-        before = self.batches[self.step - 1][-1:] if self.step else []
-        assert [*before, *lease_ids] == sorted([*before, *lease_ids]), "lease order across batches"
-        for lease_id in lease_ids:
-            assert self.oldest_step[lease_id] >= self.step - self.rules.max_staleness
-        assert ids_of(self.queue.next_batch(self.step)) == lease_ids, "asked again at once"
-        self.in_training = True
-
-    def grow_again(self):
-        lost = self.queue.unconsume(self.step, has_tree=self.oldest_step.__contains__)
-        assert lost
-        assert {entry.lease_id for entry in lost}.isdisjoint(self.oldest_step)
-        assert self.queue.next_batch(self.step) is None
-        self.batches = {step: ids for step, ids in self.batches.items() if step < self.step}
-        self.save()
-
-    @precondition(lambda self: not self.in_training and self.step < self.rules.num_batches)
-    @rule()
-    def train(self):
-        self.ask_batch()
-        if self.in_training:
-            self.publish()
-
-    @precondition(lambda self: self.in_training)
-    @rule()
-    def publish(self):
-        newest = self.queue.published
-        self.queue.publish(self.step + 1, consumed_step=self.step)
-        assert self.queue.published == max(newest, self.step + 1)
-        self.step += 1
-        self.in_training = False
-        self.save()
-        self.at_checkpoint[self.step] = self.saved
-
-    @precondition(lambda self: not self.in_training and self.step in self.at_checkpoint)
-    @rule()
-    def retire(self):
-        retired = self.queue.retire(self.step - 1)
-        for entry in retired:
-            self.oldest_step.pop(entry.lease_id, None)
-        self.batches.pop(self.step - 2, None)
-        self.at_checkpoint = {s: p for s, p in self.at_checkpoint.items() if s >= self.step}
-        self.save()
-
-    @rule(data=st.data())
-    def learner_goes_back(self, data):
-        retired = self.queue.position().num_retired
-        self.step = data.draw(st.integers(min(retired, self.step), self.step), label="step")
-        self.in_training = False
-        # it goes back to its newest checkpoint
-        self.at_checkpoint = {s: p for s, p in self.at_checkpoint.items() if s <= self.step}
-
-    # ---------------------------------------------------------------- death
-
-    @rule()
-    def replay_dies(self):
-        """Everything since the last position is forgotten, and all trees; actors and learner know nothing of it."""
-        self.load(self.saved)
-
-    @precondition(lambda self: self.at_checkpoint)
-    @rule(data=st.data())
-    def the_run_is_resumed(self, data):
-        step = data.draw(st.sampled_from(sorted(self.at_checkpoint)), label="step")
-        self.load(self.at_checkpoint[step], step)
-        self.step, self.in_training, self.given = step, False, []
-        self.batches = {s: ids for s, ids in self.batches.items() if s < step}
-        # it is the newest checkpoint that is whole
-        self.at_checkpoint = {s: p for s, p in self.at_checkpoint.items() if s <= step}
-        assert self.queue.published == step
-        self.save()
-
-    # ---------------------------------------------------------------- always
-
-    @invariant()
-    def is_whole(self):
-        self.queue.check_integrity()
-
-    @invariant()
-    def every_prompt_that_was_leased_is_in_the_ledger_once(self):
-        states = {k: n for k, n in self.queue.ledger().items() if not k.startswith("reason/")}
-        assert sum(states.values()) == self.num_leased
-        assert states.keys() <= {str(state) for state in State}
-        assert states.get("dropped", 0) + states.get("quarantined", 0) == len(self.ended)
-        kept = [entry.lease_id for entry in self.queue.order.kept()]
-        assert kept == sorted(set(kept)), "once, and in lease order"
-        assert self.ended.isdisjoint(kept), "what has been dropped stays so"
-
-    def teardown(self):
-        """From wherever this has led, an actor whose trees are all degenerate brings the run to its end."""
-        if not hasattr(self, "queue"):
-            return
-        for _ in range(200):
-            if self.in_training:
-                self.publish()
-            while self.queue.may_lease():
-                entry, _ = self.take()
-                self.given.append((entry.lease_id, entry.attempt))
-            for lease_id, entry in list(self.queue.order.live.items()):
-                if entry.state is State.LEASED:
-                    self.put(lease_id, entry.attempt, self.queue.published, False, True)
-            if self.step == self.rules.num_batches or self.is_at_the_end_of_data():
-                break
-            self.ask_batch()
-            self.is_whole()
-        assert self.step == self.rules.num_batches or self.queue.exhausted, "no deadlock"
-        assert not self.queue.may_lease()
-        assert self.queue.is_finished()
-        left = list(self.queue.order.live.values())
-        assert all(entry.state in LIVE for entry in left)
-        assert len(left) == 0 or self.queue.exhausted
-        trained = self.queue.ledger().get("trained", 0)
-        assert trained == self.step * self.rules.prompts_per_batch
-        self.every_prompt_that_was_leased_is_in_the_ledger_once()
-
-    def is_at_the_end_of_data(self):
-        return self.queue.is_over() and self.step == self.queue.position().next_step
-
-
-TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
 
 
 def test_a_tree_of_no_policy_of_the_run_is_never_too_old():
@@ -874,7 +725,7 @@ def test_a_tree_of_no_policy_of_the_run_is_never_too_old():
             assert queue.least_step(entry.lease_id) == step
             assert put(queue, entry, oldest_step=None) == "accepted"
         queue.next_batch(step)
-        queue.publish(step + 1, step)
+        queue.publish(step + 1, 0, step)
 
 
 def test_an_entry_that_is_lost_ends_and_counts_in_the_row_that_ends_a_run():
@@ -885,3 +736,190 @@ def test_an_entry_that_is_lost_ends_and_counts_in_the_row_that_ends_a_run():
     put(queue, second)
     assert queue.num_lost == 0
     queue.check_integrity()
+
+
+# ------------------------------------------------------------------ lineages and results
+
+
+def in_training(**changes):
+    """A queue whose first batch is out."""
+    queue = queue_of(**changes)
+    for entry in lease_all(queue):
+        put(queue, entry)
+    queue.next_batch(0)
+    queue.steps.begin(0, 0)
+    return queue
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda queue: queue.steps.meet(0, 1),
+        lambda queue: queue.steps.begin(0, 0),
+        lambda queue: queue.end_step(0, 0, "x"),
+        lambda queue: queue.publish(1, 0, 0),
+    ],
+    ids=["meet", "begin_step", "end_step", "publish"],
+)
+def test_a_lineage_that_was_rolled_back_changes_nothing(act):
+    queue = in_training()
+    queue.publish(0, 1, -1)
+    before = queue.state()
+    with pytest.raises(RefusedError, match="lineage 0 was rolled back, lineage 1 goes on"):
+        act(queue)
+    assert queue.state() == before
+
+
+def test_results_are_kept_by_lineage_until_the_step_is_retired():
+    queue = in_training()
+    assert queue.end_step(0, 0, "x") is None
+    queue.publish(1, 0, 0)
+    queue.steps.begin(0, 1)
+    assert queue.steps.results == {0: {0: "x", 1: ""}}
+    assert queue.end_step(0, 1, "x") is None
+    queue.steps.begin(0, 2)
+    assert queue.end_step(0, 2, "y") == "x", "it differs"
+    assert restored(queue).steps.results == queue.steps.results == {0: {0: "x", 1: "x", 2: "y"}}
+    queue.retire(0)
+    assert queue.steps.results == {}
+
+
+def test_a_result_of_a_step_without_a_batch_is_refused():
+    queue = in_training()
+    with pytest.raises(RefusedError, match="step 1 has no batch"):
+        queue.end_step(1, 0, "x")
+    assert queue.steps.results == {0: {0: ""}}
+
+
+# ------------------------------------------------------------------ trees that are lost or too old
+
+
+def test_a_lost_tree_is_grown_again_as_if_nobody_had_tried():
+    queue = queue_of(max_staleness=0)
+    first, second = lease_all(queue)
+    put(queue, first)
+    put(queue, second)
+    queue.next_batch(0)
+    queue.unconsume(0, has_tree=lambda lease_id: lease_id != first.lease_id)
+    assert (first.state, first.tries, first.oldest_step) == (State.WAITING, 0, None)
+    assert queue.next_batch(0) is None
+    assert queue.lease(0) is first
+    put(queue, first)
+    assert queue.next_batch(0) == [first, second]
+    assert queue.ledger()["reason/batch_lost"] == 1
+
+
+def test_a_run_that_is_resumed_counts_lost_prompts_anew():
+    queue = queue_of()
+    queue.lose(queue.lease(0).lease_id, "bad_tree")
+    assert queue.num_lost == 1
+    assert resumed(queue, 0).num_lost == 0
+
+
+def test_trees_that_a_tighter_bound_makes_too_old_are_asked_for_again_at_once():
+    queue, _ = trained_queue(2, max_staleness=2)
+    stale = ids_of(queue.order.live.values())
+    assert {e.state for e in queue.order.live.values()} == {State.ACCEPTED}
+    assert {e.oldest_step for e in queue.order.live.values()} == {0, 1}
+    journal = Journal(queue.state().resumed_at(2))
+    rules = replace(queue.rules, max_staleness=0, num_batches=4)
+    queue = Queue.of(rules, journal.state(), now=0.0)
+    journal.write(queue)
+    assert comparable(journal.state()) == comparable(queue.state())
+    assert not queue.is_finished(), "else its actors would leave"
+    assert queue.next_batch(2) is None
+    assert queue.ledger()["reason/stale_accepted"] == 4
+    for step in (2, 3):
+        entries = [queue.lease(0), queue.lease(0)]
+        assert ids_of(entries) == [stale.pop(0), stale.pop(0)]
+        for entry in entries:
+            assert queue.least_step(entry.lease_id) == step
+            put(queue, entry, oldest_step=step)
+        assert queue.next_batch(step) == entries
+        queue.publish(step + 1, 1, step)
+    assert queue.is_finished()
+
+
+def test_a_tree_that_is_too_old_for_its_batch_is_not_trained_whatever_let_it_in():
+    queue, _ = trained_queue(2, max_staleness=2)
+    first, second, *later = queue.order.live.values()
+    first.oldest_step, second.oldest_step = 0, None
+    queue.rules = replace(queue.rules, max_staleness=1)
+    assert queue.next_batch(2) is None
+    assert (first.state, second.state) == (State.WAITING, State.ACCEPTED)
+    assert {e.state for e in later} == {State.ACCEPTED}, "those of later batches are looked at then"
+
+
+# ------------------------------------------------------------------ what is written down
+
+
+def test_nothing_is_written_where_nothing_happened():
+    queue = queue_of()
+    assert queue.take_changes() is None
+    queue.beat("a", ["never"], 5)
+    queue.expire(5)
+    assert queue.next_batch(0) is None
+    assert queue.take_changes() is None
+    queue.lease(0)
+    assert queue.take_changes() is not None
+    assert queue.take_changes() is None
+
+
+def test_changes_add_up_to_the_state_after_every_act():
+    queue, journal = queue_of(max_staleness=2, max_attempts=1, max_refills=1), Journal()
+    num_acts = 0
+
+    def same():
+        nonlocal num_acts
+        journal.write(queue)
+        assert comparable(journal.state()) == comparable(queue.state())
+        num_acts += 1
+
+    entries = lease_all(queue)
+    same()
+    put(queue, entries[0], has_spread=False)
+    queue.give_up(entries[1].lease_id, 1, "EngineError")
+    same()
+    for entry in [*entries[2:], *lease_all(queue)]:
+        put(queue, entry)
+        same()
+    for step in range(2):
+        queue.next_batch(step)
+        queue.steps.begin(step, 0)
+        same()
+        queue.end_step(step, 0, "x")
+        queue.publish(step + 1, 0, step)
+        same()
+    queue.unconsume(1, has_tree=lambda _: True)
+    same()
+    queue.retire(0)
+    same()
+    late = queue.lease(0)
+    queue.hand_back(late.lease_id, 1)
+    queue.lease(0)
+    same()
+    newest = queue.lease(0)
+    same()
+    queue.end_of_data(newest.lease_id)
+    same()
+    assert num_acts > 12
+
+
+def test_how_a_prompt_ended_is_written_down_when_it_does():
+    queue = queue_of(max_staleness=2, max_attempts=1)
+    degenerate, poison, *good = lease_all(queue)
+    put(queue, degenerate, has_spread=False)
+    queue.give_up(poison.lease_id, 1, "EngineError")
+    rows = {row.prompt_index: row for row in queue.take_changes().rows}
+    assert (rows[0].state, rows[0].reason) == ("dropped", "degenerate")
+    assert (rows[1].state, rows[1].reason) == ("quarantined", "too_many_attempts")
+    for entry in good[:2]:
+        put(queue, entry)
+    queue.next_batch(0)
+    assert {row.state for row in queue.take_changes().rows} == {"consumed"}
+    queue.retire(0)
+    rows = queue.take_changes().rows
+    assert [(row.prompt_index, row.state, row.step) for row in rows] == [
+        (2, "trained", 0),
+        (3, "trained", 0),
+    ]

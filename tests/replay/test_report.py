@@ -1,7 +1,7 @@
 import numpy as np
 
 from tests.fakes import events_in
-from treepo_async.replay.report import report_tree
+from treepo_async.replay.report import report_facts
 from treepo_async.types import (
     ROOT,
     PolicyVersion,
@@ -12,6 +12,8 @@ from treepo_async.types import (
     StopReason,
     Tree,
 )
+from treepo_async.wire.codec import encode_tree
+from treepo_async.wire.facts import facts_of
 
 
 def segment(parent, level, num_tokens, stop=None):
@@ -36,7 +38,7 @@ def test_the_length_of_trajectories_is_told_with_and_without_the_bias_of_forks(c
         provenance=Provenance("lease", "actor", num_pruned=1, saved_tokens=5),
     )
     tree.check()
-    report_tree(tree, "accepted")
+    report_facts(facts_of(encode_tree(tree)), "accepted")
     (event,) = events_in(capsys.readouterr().out, "tree")
     assert (event["num_leaves"], event["num_pruned"], event["saved_tokens"]) == (3, 1, 5)
     # 1, 8 and 8 tokens; the short path counts a third, the long ones a sixth each

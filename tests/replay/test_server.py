@@ -1,20 +1,20 @@
 import asyncio
 import contextlib
+import errno
 import json
 import math
 import time
 from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 import pytest
 
-import treepo_async.replay.server
-from tests.fakes import VOCAB_SIZE, loopback, serve_replay, until
-from treepo_async.actor.replay_client import is_lost
+from tests.fakes import LIMITS, VOCAB_SIZE, loopback, serve_replay, until
 from treepo_async.data.source import EndOfData
-from treepo_async.errors import DataError, RefusedError
+from treepo_async.errors import DataError, DeadlineError, RefusedError
 from treepo_async.replay.entry import State
-from treepo_async.replay.position import QueuePosition
+from treepo_async.replay.index import Index
 from treepo_async.replay.server import ReplayServer
 from treepo_async.types import (
     ROOT,
@@ -26,7 +26,7 @@ from treepo_async.types import (
     StopReason,
     Tree,
 )
-from treepo_async.wire.codec import decode_tree, encode_tree
+from treepo_async.wire.codec import decode_tree, digest_of, encode_tree
 from treepo_async.wire.messages import (
     Ack,
     AskBatch,
@@ -42,6 +42,7 @@ from treepo_async.wire.messages import (
     Published,
     PutTree,
     Retired,
+    Trained,
 )
 from treepo_async.wire.sockets import BlockingRequester, Requester
 
@@ -97,13 +98,14 @@ class Peer:
         return (await self.ask(AskLease(wait_s=wait_s)))[0]
 
     async def put(self, lease, tree):
-        message = PutTree(lease_id=lease.lease_id, attempt=lease.attempt)
-        answer, _ = await self.ask(message, encode_tree(tree))
+        frames = encode_tree(tree)
+        message = PutTree(lease_id=lease.lease_id, attempt=lease.attempt, digest=digest_of(frames))
+        answer, _ = await self.ask(message, frames)
         assert isinstance(answer, Ack)
         return answer.note
 
-    async def batch(self, step, wait_s=5.0):
-        return await self.ask(AskBatch(step=step, wait_s=wait_s))
+    async def batch(self, step, wait_s=5.0, lineage=0):
+        return await self.ask(AskBatch(step=step, lineage=lineage, wait_s=wait_s))
 
 
 @dataclass
@@ -115,7 +117,8 @@ class Served:
     peers: contextlib.AsyncExitStack
 
     async def peer(self, name, **options) -> Peer:
-        requester = Requester(self.endpoint, name=name, owner="replay", **options)
+        hello = Hello(name=name, run_id=RUN_ID)
+        requester = Requester(self.endpoint, name=name, owner="replay", hello=hello, **options)
         return Peer(await self.peers.enter_async_context(requester))
 
 
@@ -203,17 +206,20 @@ async def test_publications_make_room_and_retired_trees_are_forgotten():
                 await actor.put(lease, tree_for(lease, step=step))
             assert (await learner.batch(step))[0].step == step
             assert isinstance(await actor.lease(wait_s=0.0), NoLease), "the learner is behind"
-            await learner.ask(Published(step=step + 1, consumed_step=step))
+            await learner.ask(Published(step=step + 1, lineage=0, consumed_step=step))
             await learner.ask(Retired(step=step))
-        assert served.server.spool._frames == {}
+        assert served.server.store.num_bytes == 0
         assert served.server.queue.ledger() == {"trained": 6}
 
 
 async def test_the_learners_blocking_requester_gets_a_batch():
     def learn(endpoint):
-        learner = BlockingRequester(endpoint, name="learner-0", owner="replay")
+        hello = Hello(name="learner-0", run_id=RUN_ID)
+        learner = BlockingRequester(endpoint, name="learner-0", owner="replay", hello=hello)
         try:
-            return learner.ask(AskBatch(step=0, wait_s=5), timeout_s=SOON_S, wait="a batch")
+            return learner.ask(
+                AskBatch(step=0, lineage=0, wait_s=5), timeout_s=SOON_S, wait="a batch"
+            )
         finally:
             learner.close()
 
@@ -232,9 +238,45 @@ async def test_a_tree_put_twice_is_acknowledged_as_a_duplicate():
         actor = await served.peer("actor-0")
         lease = await actor.lease()
         assert await actor.put(lease, tree_for(lease)) == "accepted"
-        assert await actor.put(lease, tree_for(lease, token_id=9)) == "duplicate"
-        stored = decode_tree(served.server.spool.read(lease.lease_id))
+        assert await actor.put(lease, tree_for(lease)) == "duplicate"
+        served.server.queue.order.live[lease.lease_id].attempt = 2
+        later = msgspec.structs.replace(lease, attempt=2)
+        assert await actor.put(later, tree_for(lease, token_id=9)) == "duplicate"
+        stored = decode_tree(served.server.store.read(lease.lease_id))
     assert stored.segments[0].token_ids[0] == 7, "the first one stays"
+
+
+async def test_another_tree_of_the_same_attempt_is_refused_with_an_alarm(capsys):
+    async with serving(ScriptedPrompts()) as served:
+        actor = await served.peer("actor-0")
+        lease = await actor.lease()
+        await actor.put(lease, tree_for(lease))
+        with pytest.raises(RefusedError, match="another tree of attempt 1"):
+            await actor.put(lease, tree_for(lease, token_id=9))
+        assert await actor.put(lease, tree_for(lease)) == "duplicate"
+    assert "two different trees" in events_of(capsys, "alarm")[0]["alarm"]
+
+
+async def test_a_tree_whose_bytes_changed_on_the_way_is_refused():
+    async with serving(ScriptedPrompts()) as served:
+        actor = await served.peer("actor-0")
+        lease = await actor.lease()
+        sent, arrived = encode_tree(tree_for(lease)), encode_tree(tree_for(lease, token_id=9))
+        put = PutTree(lease_id=lease.lease_id, attempt=1, digest=digest_of(sent))
+        with pytest.raises(RefusedError, match="digest differs"):
+            await actor.ask(put, arrived)
+
+
+async def test_a_tree_that_is_too_large_is_refused_and_the_next_one_taken():
+    async with serving(ScriptedPrompts(), limits=replace(LIMITS, max_tree_bytes=2_000)) as served:
+        actor = await served.peer("actor-0")
+        lease = await actor.lease()
+        tree = tree_for(lease)
+        long = replace(tree, prompt=replace(tree.prompt, text="x" * 2_000))
+        with pytest.raises(RefusedError, match=r"oversize: .*max_tree_bytes is 2000"):
+            await actor.put(lease, long)
+        lease = await actor.lease()
+        assert await actor.put(lease, tree_for(lease)) == "accepted"
 
 
 async def test_the_age_of_a_pruned_path_does_not_make_its_tree_stale():
@@ -243,7 +285,7 @@ async def test_the_age_of_a_pruned_path_does_not_make_its_tree_stale():
         for lease in [await actor.lease() for _ in range(2)]:
             await actor.put(lease, tree_for(lease))
         await learner.batch(0)
-        await learner.ask(Published(step=1, consumed_step=0))
+        await learner.ask(Published(step=1, lineage=0, consumed_step=0))
         lease = await actor.lease()
         tree = tree_for(lease, step=1)
         old = replace(tree.segments[0], policy_version=PolicyVersion(0, 0), stop=StopReason.PRUNED)
@@ -296,7 +338,7 @@ async def test_who_waits_for_a_lease_gets_it_as_soon_as_there_is_one():
             await one.put(lease, tree_for(lease))
         await learner.batch(0)
         begin = time.monotonic()
-        await learner.ask(Published(step=1, consumed_step=0))
+        await learner.ask(Published(step=1, lineage=0, consumed_step=0))
         lease = await waiting
     assert lease.lease_id == "000000002"
     assert time.monotonic() - begin < 2
@@ -371,18 +413,18 @@ async def test_a_silent_actors_lease_goes_to_the_other_and_its_late_tree_still_c
         assert await silent.put(lost, tree_for(lost)) == "accepted"
         assert await other.put(moved, tree_for(moved)) == "duplicate"
     (alarm,) = events_of(capsys, "alarm")
-    assert (alarm["alarm"], alarm["lease"], alarm["state"]) == (
-        "lease expired", lost.lease_id, "waiting",
+    assert (alarm["alarm"], alarm["lease"], alarm["reason"]) == (
+        "lease taken back", lost.lease_id, "lease_expired",
     )  # fmt: skip
 
 
 async def test_beats_keep_a_lease():
-    rules = {"max_staleness": 0, "prompts_per_batch": 1, "lease_timeout_s": 0.5}
+    rules = {"max_staleness": 0, "prompts_per_batch": 1, "lease_timeout_s": 1.0}
     async with serving(ScriptedPrompts(), **rules) as served:
         actor, other = await served.peer("actor-0"), await served.peer("actor-1")
         lease = await actor.lease()
-        for _ in range(8):
-            await asyncio.sleep(0.12)
+        for _ in range(9):
+            await asyncio.sleep(0.15)
             await actor.replay.tell(Beat(leases=[lease.lease_id]))
         assert isinstance(await other.lease(wait_s=0.0), NoLease)
         assert served.server.queue.is_leased(lease.lease_id, 1)
@@ -399,12 +441,22 @@ async def test_an_actor_that_gives_up_hands_its_prompt_on_at_once():
     assert (moved.lease_id, moved.attempt) == (lease.lease_id, 2)
 
 
+async def test_nobody_can_give_up_the_lease_of_another():
+    async with serving(ScriptedPrompts(), max_staleness=0, prompts_per_batch=1) as served:
+        one, two = await served.peer("actor-0"), await served.peer("actor-1")
+        lease = await one.lease()
+        await two.ask(GiveUp(lease_id=lease.lease_id, attempt=1, reason="EngineError"))
+        assert served.server.queue.is_held(lease.lease_id, "actor-0")
+        assert await one.put(lease, tree_for(lease)) == "accepted"
+
+
 async def test_no_lease_is_handed_to_an_actor_that_has_gone():
     rules = {"max_staleness": 0, "max_attempts": 1}
     async with serving(ScriptedPrompts(), **rules) as served:
         one, learner = await served.peer("actor-0"), await served.peer("learner-0")
         leases = [await one.lease(), await one.lease()]
-        gone = Requester(served.endpoint, name="actor-1", owner="replay")
+        hello = Hello(name="actor-1", run_id=RUN_ID)
+        gone = Requester(served.endpoint, name="actor-1", owner="replay", hello=hello)
         async with gone:
             asks = [
                 asyncio.create_task(gone.ask(AskLease(wait_s=30.0), timeout_s=30, wait="a lease"))
@@ -416,10 +468,12 @@ async def test_no_lease_is_handed_to_an_actor_that_has_gone():
         for lease in leases:
             await one.put(lease, tree_for(lease))
         await learner.batch(0)
-        await learner.ask(Published(step=1, consumed_step=0))
+        await learner.ask(Published(step=1, lineage=0, consumed_step=0))
         two = await served.peer("actor-2")
         moved = [await two.lease() for _ in range(2)]
-        assert [(m.lease_id, m.attempt) for m in moved] == [("000000002", 1), ("000000003", 1)]
+        assert [m.lease_id for m in moved] == ["000000002", "000000003"]
+        entries = [served.server.queue.order.live[m.lease_id] for m in moved]
+        assert [entry.tries for entry in entries] == [1, 1], "what did not reach it costs nothing"
         assert waiting_in(served) == {}
 
 
@@ -427,15 +481,15 @@ async def test_a_lease_asked_for_twice_by_one_request_is_given_once():
     async with serving(ScriptedPrompts(), prompts_per_batch=4) as served:
         actor = await served.peer("actor-0", resend_s=0.05)
         server, lost = served.server, []
-        send = server.router.send
+        send = server.router.send_now
 
-        async def lose_the_first_two(peer, message, attachment=()):
+        def lose_the_first_two(peer, message, attachment=()):
             if isinstance(message, Leased) and len(lost) < 2:
                 lost.append(message)
                 return True
-            return await send(peer, message, attachment)
+            return send(peer, message, attachment)
 
-        server.router.send = lose_the_first_two
+        server.router.send_now = lose_the_first_two
         lease = await actor.lease()
         assert len(lost) == 2
         assert {(m.lease_id, m.attempt) for m in [lease, *lost]} == {("000000000", 1)}
@@ -452,7 +506,7 @@ async def test_a_peer_of_another_run_is_refused_with_both_names():
     async with serving(ScriptedPrompts()) as served:
         peer = await served.peer("actor-9")
         with pytest.raises(
-            RefusedError, match=r"^wrong_run: actor-9 is of run run-b.*this is run run-a"
+            RefusedError, match=r"^wrong_run: actor-9 .* run run-b.* run run-a"
         ) as e:
             await peer.ask(Hello(name="actor-9", run_id="run-b"))
         assert (e.value.reason, e.value.retry) == ("wrong_run", False)
@@ -468,7 +522,7 @@ async def test_a_stale_tree_is_refused_and_its_prompt_given_again():
         lease = await actor.lease()
         await actor.put(lease, tree_for(lease))
         await learner.batch(0)
-        await learner.ask(Published(step=1, consumed_step=0))
+        await learner.ask(Published(step=1, lineage=0, consumed_step=0))
         lease = await actor.lease()
         with pytest.raises(RefusedError, match=r"policy step 0.*needs 1") as caught:
             await actor.put(lease, tree_for(lease, step=0))
@@ -495,7 +549,7 @@ def of_another_lease(lease):
     ("spoil", "name"),
     [
         (with_token_outside, "token_ids_T"),
-        (of_the_future, "step_S"),
+        (of_the_future, "sampled under 0.2"),
         (of_another_lease, "provenance.lease_id"),
     ],
 )
@@ -505,13 +559,15 @@ async def test_an_invalid_tree_is_refused_and_its_prompt_given_again(capsys, spo
         lease = await actor.lease()
         with pytest.raises(RefusedError, match=name) as caught:
             await actor.put(lease, spoil(lease))
-        assert (caught.value.reason, caught.value.retry) == ("invalid", False)
+        reason = "future_version" if spoil is of_the_future else "invalid"
+        assert (caught.value.reason, caught.value.retry) == (reason, False)
         again = await other.lease()
         assert (again.lease_id, again.attempt) == (lease.lease_id, 2)
         assert await other.put(again, tree_for(again)) == "accepted"
-    (alarm,) = events_of(capsys, "alarm")
-    assert alarm["alarm"] == "invalid tree refused"
-    assert name in alarm["detail"]
+    if spoil is not of_the_future:
+        (alarm,) = events_of(capsys, "alarm")
+        assert alarm["alarm"] == "invalid message refused"
+        assert name in alarm["detail"]
 
 
 async def test_a_tree_of_a_publication_that_replay_has_not_heard_of_yet_is_taken():
@@ -530,16 +586,13 @@ async def test_what_is_no_request_is_refused_and_replay_serves_on():
             (Gate(epoch=1, is_open=True), []),
             (put, []),
             (put, [b"junk"] * 14),
-            (PutTree(lease_id="never", attempt=1), encode_tree(tree_for(lease))),
         ]:
             with pytest.raises(RefusedError) as caught:
                 await actor.ask(message, attachment)
             assert caught.value.reason == "invalid"
-        stranger = Provenance("never", "a")
-        tree = tree_for(lease)
-        tree = Tree(tree.prompt, tree.segments, tree.rewards_L, tree.accuracies_L, tree.sampling, stranger)  # fmt: skip
+        never = msgspec.structs.replace(lease, lease_id="never")
         with pytest.raises(RefusedError) as caught:
-            await actor.ask(PutTree(lease_id="never", attempt=1), encode_tree(tree))
+            await actor.put(never, tree_for(never))
         assert caught.value.reason == "unknown_lease"
         assert await actor.put(lease, tree_for(lease)) == "accepted"
 
@@ -571,7 +624,7 @@ async def test_of_several_who_wait_the_one_that_holds_the_fewest_leases_is_serve
         for lease in (leases[0], leases[1], leases[3]):
             await greedy.put(lease, tree_for(lease))
         await learner.batch(0)
-        await learner.ask(Published(step=1, consumed_step=0))
+        await learner.ask(Published(step=1, lineage=0, consumed_step=0))
         assert [(await ask).lease_id for ask in asks[2:]] == ["000000004", "000000005"]
         assert not any(ask.done() for ask in asks[:2]), "greedy holds one, the others held none"
         for ask in asks[:2]:
@@ -588,7 +641,7 @@ async def test_room_for_all_is_shared_in_turn():
             asks.append(asyncio.create_task(peer.lease()))
             await until(lambda: len(waiting_in(served)) == len(asks))
         await learner.batch(0)
-        await learner.ask(Published(step=1, consumed_step=0))
+        await learner.ask(Published(step=1, lineage=0, consumed_step=0))
         given = [(await asks[i]).lease_id for i in (0, 3, 1)]
         assert given == ["000000003", "000000004", "000000005"]
         asks[2].cancel()
@@ -608,15 +661,10 @@ class Run:
         options = {"endpoint": self.endpoint, "folder": self.folder, **self.rules, **changes}
         return serve_replay(prompt=ScriptedPrompts(), **options)
 
-    async def peer(self, name):
-        requester = Requester(self.endpoint, name=name, owner="replay", resend_s=0.2)
+    async def peer(self, name, run_id=RUN_ID):
+        hello = Hello(name=name, run_id=run_id)
+        requester = Requester(self.endpoint, name=name, owner="replay", hello=hello, resend_s=0.2)
         return Peer(await self.stack.enter_async_context(requester))
-
-    def position(self, name="position.json"):
-        return QueuePosition.parse((self.folder / name).read_text())[1]
-
-    def names(self):
-        return sorted(file.name for file in self.folder.iterdir())
 
 
 @pytest.fixture
@@ -625,17 +673,18 @@ async def stack():
         yield stack
 
 
-async def train(actor, learner, step):
+async def train(actor, learner, step, lineage=0):
     """Have a step grown, trained and published, with staleness 0. Gives its lease ids."""
     for _ in range(2):
         lease = await actor.lease()
         await actor.put(lease, tree_for(lease, step=step))
-    batch, _ = await learner.batch(step)
-    await learner.ask(Published(step=step + 1, consumed_step=step))
+    batch, _ = await learner.batch(step, lineage=lineage)
+    await learner.ask(Trained(step=step, lineage=lineage, digest=f"digest {step}"))
+    await learner.ask(Published(step=step + 1, lineage=lineage, consumed_step=step))
     return batch.lease_ids
 
 
-async def test_whoever_waits_while_replay_is_started_again_is_answered_by_the_new_one(
+async def test_a_replay_that_is_started_again_has_every_lease_and_tree_as_they_were(
     tmp_path, stack
 ):
     run = Run(tmp_path, stack, max_staleness=0)
@@ -644,158 +693,271 @@ async def test_whoever_waits_while_replay_is_started_again_is_answered_by_the_ne
         leases = [await actor.lease() for _ in range(2)]
         await actor.put(leases[1], tree_for(leases[1]))
         batch = asyncio.create_task(learner.batch(0))
-        await until(lambda: run.position().next_index == 2)
+        await asyncio.sleep(0.1)
     put = asyncio.create_task(actor.put(leases[0], tree_for(leases[0])))
     await asyncio.sleep(0.3)
     async with run.replay() as (server, _):
         assert await put == "accepted", "grown before replay died"
-        again = await other.lease()
-        assert (again.lease_id, again.prompt_id, again.attempt) == (
-            leases[1].lease_id, leases[1].prompt_id, 1,
-        ), "its tree died with replay"  # fmt: skip
-        assert not batch.done()
-        await other.put(again, tree_for(again))
+        assert isinstance(await other.lease(wait_s=0.0), NoLease), "nothing is grown again"
         answer, frames = await batch
         assert answer.lease_ids == [lease.lease_id for lease in leases]
         assert len(frames) == 2 * answer.frames_per_tree
         assert server.queue.ledger() == {"consumed": 2}
 
 
-async def test_words_about_leases_that_replay_has_forgotten_harm_nobody(tmp_path, stack):
+async def test_trees_in_memory_die_with_replay_and_are_grown_again(tmp_path, stack):
+    run = Run(tmp_path, stack, max_staleness=0, on_disk=False)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay():
+        leases = [await actor.lease() for _ in range(2)]
+        for lease in leases:
+            await actor.put(lease, tree_for(lease))
+    async with run.replay() as (server, _):
+        batch = asyncio.create_task(learner.batch(0))
+        again = [await actor.lease() for _ in range(2)]
+        assert [a.lease_id for a in again] == [lease.lease_id for lease in leases]
+        for lease in again:
+            await actor.put(lease, tree_for(lease))
+        assert (await batch)[0].lease_ids == [lease.lease_id for lease in leases]
+        assert server.queue.ledger() == {"consumed": 2, "reason/tree_lost": 2}
+
+
+async def test_a_peer_that_replay_does_not_know_greets_it_and_asks_again(tmp_path, stack):
     run = Run(tmp_path, stack)
-    actor = await run.peer("actor-0")
+    async with run.replay() as (server, endpoint):
+        async with Requester(endpoint, name="actor-7", owner="replay") as stranger:
+            with pytest.raises((RefusedError, DeadlineError)):
+                await stranger.ask(AskLease(wait_s=0.0), timeout_s=1.0, wait="a lease")
+        actor = await run.peer("actor-0")
+        assert isinstance(await actor.lease(), Leased)
+        assert server.queue.actors == {"actor-0"}
+
+
+async def test_a_later_process_of_an_actor_fences_the_earlier_one_and_has_its_leases(
+    tmp_path, stack
+):
+    run = Run(tmp_path, stack, max_staleness=0)
     async with run.replay() as (server, _):
-        server.positions.write = lambda _: None
-        lost = await actor.lease()
-    assert run.position().next_index == 0
-    async with run.replay() as (server, _):
-        await actor.replay.tell(Beat(leases=[lost.lease_id]))
-        await actor.ask(GiveUp(lease_id=lost.lease_id, attempt=1, reason="EngineError"))
+        frozen = await run.peer("actor-0")
+        lost = await frozen.lease()
+        later = await run.peer("actor-0")
+        again = await later.lease()
+        assert (again.lease_id, again.attempt) == (lost.lease_id, 2)
         with pytest.raises(RefusedError) as caught:
-            await actor.put(lost, tree_for(lost))
-        assert is_lost(caught.value), "an actor drops the tree and goes on"
-        again = await actor.lease()
-        assert (again.lease_id, again.text) == (lost.lease_id, lost.text)
-        assert server.queue.reasons == {}
+            await frozen.put(lost, tree_for(lost))
+        assert caught.value.reason == "fenced"
+        assert await later.put(again, tree_for(again)) == "accepted"
+        assert server.queue.reasons == {"actor_ended": 1}
 
 
-async def test_what_the_learner_is_told_is_on_disk_before(tmp_path, stack):
+async def test_nothing_is_told_before_it_is_on_disk(tmp_path, stack):
     run = Run(tmp_path, stack, max_staleness=0)
     actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
     seen = []
     async with run.replay() as (server, _):
-        send = server.router.send
+        send = server.router.send_now
 
-        async def look(peer, message, attachment=()):
-            if peer.startswith(b"learner"):
-                seen.append((type(message).__name__, run.position()))
-            return await send(peer, message, attachment)
+        def look(peer, message, attachment=()):
+            with contextlib.closing(Index.open(tmp_path / "index.sqlite")) as index:
+                rows = {row.prompt_index: row for row in index.leases()}
+                steps = [(s.step, s.digest) for s in index.steps()]
+            seen.append((type(message).__name__, getattr(message, "note", ""), rows, steps))
+            return send(peer, message, attachment)
 
-        server.router.send = look
+        server.router.send_now = look
         await train(actor, learner, 0)
-        await learner.ask(Retired(step=0))
-    assert [name for name, _ in seen] == ["Batch", "Ack", "Ack"]
-    consumed, published, retired = (position for _, position in seen)
-    assert [(b.step, b.prompts, b.is_trained) for b in consumed.consumed] == [(0, (0, 1), False)]
-    assert (published.published, published.consumed[0].is_trained) == (1, True)
-    assert (retired.num_retired, retired.consumed, retired.ended) == (1, (), {"trained": 2})
+    leased = next(rows for name, _, rows, _ in seen if name == "Leased")
+    assert leased[0].state == "leased"
+    accepted = next(rows for _, note, rows, _ in seen if note == "accepted")
+    assert accepted[0].state == "accepted"
+    (consumed, begun) = next((rows, steps) for name, _, rows, steps in seen if name == "Batch")
+    assert [consumed[i].step for i in (0, 1)] == [0, 0]
+    assert begun == [(0, "")]
+    assert seen[-1][3] == [(0, "digest 0")]
+    assert seen[-1][2][0].state == "trained"
 
 
-async def test_a_publication_of_a_batch_that_died_with_replay_is_taken(tmp_path, stack, capsys):
+async def test_a_disk_that_is_full_acknowledges_nothing_and_loses_nothing(tmp_path, stack, capsys):
+    run = Run(tmp_path, stack, max_staleness=0)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay() as (server, _):
+        leases = [await actor.lease() for _ in range(2)]
+        commit, is_full = server.store.commit, [True]
+
+        def commit_if_there_is_room(changes, trees=()):
+            if is_full[0]:
+                raise OSError(errno.ENOSPC, "no space left on device")
+            commit(changes, trees)
+
+        server.store.commit = commit_if_there_is_room
+        puts = [asyncio.create_task(actor.put(x, tree_for(x))) for x in leases]
+        await until(lambda: server._group.is_stuck)
+        await asyncio.sleep(0.3)
+        assert not any(put.done() for put in puts)
+        is_full[0] = False
+        assert {await put for put in puts} <= {"accepted", "duplicate"}
+        assert (await learner.batch(0))[0].lease_ids == [x.lease_id for x in leases]
+    alarms = [alarm["alarm"] for alarm in events_of(capsys, "alarm")]
+    assert alarms == ["replay cannot write, nothing is acknowledged", "replay can write again"]
+
+
+async def test_a_learner_that_goes_back_gets_the_same_trees_in_the_same_order(tmp_path, stack):
     run = Run(tmp_path, stack, max_staleness=0)
     actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
     async with run.replay():
-        for _ in range(2):
-            lease = await actor.lease()
-            await actor.put(lease, tree_for(lease))
-        await learner.batch(0)
+        for step in range(3):
+            await train(actor, learner, step)
+        await learner.ask(Retired(step=0))
+        first = [await learner.batch(step) for step in (1, 2)]
     async with run.replay() as (server, _):
-        for _ in range(2):
-            await learner.ask(Published(step=1, consumed_step=0))
-        assert server.queue.ledger() == {"trained": 2}
-        assert await train(actor, learner, 1) == ["000000002", "000000003"]
-    assert events_of(capsys, "alarm") == []
+        again = await run.peer("learner-0")
+        for step, (batch, frames) in zip((1, 2), first, strict=True):
+            same, same_frames = await again.batch(step, lineage=1)
+            assert (same.lease_ids, same_frames) == (batch.lease_ids, frames)
+            assert same.results == {0: f"digest {step}"}
+            await again.ask(Trained(step=step, lineage=1, digest=f"digest {step}"))
+            await again.ask(Published(step=step + 1, lineage=1, consumed_step=step))
+        assert (server.queue.ledger(), server.queue.published) == ({"trained": 6}, 3)
+        with pytest.raises(RefusedError, match="wrong_step"):
+            await again.batch(0, lineage=1)
 
 
-async def test_a_batch_that_died_with_replay_is_grown_again_with_all_later_ones(
-    tmp_path, stack, capsys, monkeypatch
-):
-    monkeypatch.setattr(treepo_async.replay.server, "POSITION_S", 60.0)
+async def test_a_step_with_another_result_than_before_is_told(tmp_path, stack, capsys):
+    run = Run(tmp_path, stack, max_staleness=0)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay():
+        await train(actor, learner, 0)
+        await learner.batch(0, lineage=1)
+        await learner.ask(Trained(step=0, lineage=1, digest="another"))
+    (alarm,) = events_of(capsys, "alarm")
+    assert (alarm["alarm"], alarm["step"]) == ("a step done again has another result", 0)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        AskBatch(step=1, lineage=0, wait_s=0.0),
+        Trained(step=0, lineage=0, digest="late"),
+        Published(step=1, lineage=0, consumed_step=0),
+    ],
+    ids=lambda m: type(m).__name__,
+)
+async def test_a_learner_whose_lineage_was_rolled_back_is_refused(tmp_path, stack, message):
+    run = Run(tmp_path, stack, max_staleness=0)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay():
+        await train(actor, learner, 0)
+        await learner.batch(0, lineage=1)
+        with pytest.raises(RefusedError, match="lineage 0 was rolled back"):
+            await learner.ask(message)
+
+
+async def test_a_resumed_run_trains_on_the_trees_that_were_there(tmp_path, stack):
     run = Run(tmp_path, stack, max_staleness=0)
     actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
     async with run.replay():
         batches = [await train(actor, learner, step) for step in range(3)]
-        await learner.ask(Retired(step=0))
-    async with run.replay() as (server, _):
-        asked = asyncio.create_task(learner.batch(1))
-        await until(lambda: run.position().next_step == 1)
-        leases = [await actor.lease() for _ in range(4)]
-        assert [lease.lease_id for lease in leases] == [*batches[1], *batches[2]]
-        for lease in leases:
-            await actor.put(lease, tree_for(lease, step=3))
-        assert (await asked)[0].lease_ids == batches[1]
-        assert (await learner.batch(2))[0].lease_ids == batches[2]
-        assert server.queue.ledger() == {"trained": 2, "consumed": 4}
-    (alarm,) = events_of(capsys, "alarm")
-    assert alarm["alarm"] == "batch lost with replay, growing it again"
-    assert (alarm["step"], alarm["num_trees"]) == (1, 4)
-
-
-async def test_a_learner_that_goes_back_gets_the_same_trees_from_a_replay_that_lives(
-    tmp_path, stack
-):
-    run = Run(tmp_path, stack, max_staleness=0)
-    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
-    async with run.replay() as (server, _):
-        for step in range(3):
-            await train(actor, learner, step)
-        await learner.ask(Retired(step=0))
-        ledger = server.queue.ledger()
-        first = [await learner.batch(step) for step in (1, 2)]
-        again = await run.peer("learner-1")
-        for step, (batch, frames) in zip((1, 2), first, strict=True):
-            same, same_frames = await again.batch(step)
-            assert (same.lease_ids, same_frames) == (batch.lease_ids, frames)
-            await again.ask(Published(step=step + 1, consumed_step=step))
-        assert (server.queue.ledger(), server.queue.published) == (ledger, 3)
-        with pytest.raises(RefusedError, match="wrong_step"):
-            await again.batch(0)
-
-
-async def test_positions_of_checkpoints_are_kept_and_older_ones_removed(tmp_path, stack):
-    run = Run(tmp_path, stack, max_staleness=0)
-    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
-    async with run.replay():
-        assert run.names() == ["position-0.json", "position.json"]
-        for step in range(5):
-            await train(actor, learner, step)
-        await learner.ask(Retired(step=3))
-        await learner.ask(Retired(step=3))
-    assert run.names() == [*(f"position-{k}.json" for k in (2, 3, 4, 5)), "position.json"], (
-        "two steps before the newest checkpoint, as the fake is told"
-    )
-
-
-async def test_a_resumed_run_trains_every_prompt_that_its_checkpoint_had_not(tmp_path, stack):
-    run = Run(tmp_path, stack, max_staleness=0)
-    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
-    async with run.replay():
-        for step in range(3):
-            await train(actor, learner, step)
-    for _ in range(2):
+    later = await run.peer("learner-0", run_id="run-b")
+    for step in (1, 2):
         # the first start goes on from the checkpoint, a restart from where the resumed run stands
-        async with run.replay(resume_step=1, run_id="run-b") as (server, _):
-            step = server.queue.position().next_step
-            assert await train(actor, learner, step) == [
-                f"{i:09d}" for i in (2 * step, 2 * step + 1)
-            ]
-    assert (step, run.position().next_index) == (2, 6)
+        async with run.replay(resume_step=1, run_id="run-b"):
+            batch, _ = await later.batch(step, lineage=1)
+            assert batch.lease_ids == batches[step]
+            await later.ask(Published(step=step + 1, lineage=1, consumed_step=step))
+
+
+async def test_an_actor_of_an_earlier_driver_is_refused(tmp_path, stack):
+    run = Run(tmp_path, stack)
+    actor = await run.peer("actor-0")
+    async with run.replay():
+        lease = await actor.lease()
+    async with run.replay(resume_step=None, run_id="run-b"):
+        with pytest.raises(RefusedError, match="run-a"):
+            await actor.put(lease, tree_for(lease))
+
+
+async def test_accepted_trees_that_are_too_old_after_a_resume_are_grown_again(
+    tmp_path, stack, capsys
+):
+    run = Run(tmp_path, stack, max_staleness=1)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay():
+        for _ in range(4):
+            lease = await actor.lease()
+            await actor.put(lease, tree_for(lease))
+        await learner.batch(0)
+        await learner.ask(Published(step=1, lineage=0, consumed_step=0))
+    async with run.replay(max_staleness=0) as (server, _):
+        asked = asyncio.create_task(learner.batch(1))
+        again = [await actor.lease() for _ in range(2)]
+        assert [x.lease_id for x in again] == ["000000002", "000000003"]
+        for lease in again:
+            await actor.put(lease, tree_for(lease, step=1))
+        assert (await asked)[0].step == 1
+        assert server.queue.reasons == {"stale_accepted": 2}
+    stale = [e for e in events_of(capsys, "tree") if e["outcome"] == "stale"]
+    assert [e["decoded_tokens"] for e in stale] == [4, 4], "what they cost is told"
+
+
+async def test_a_prompt_that_fails_with_two_actors_becomes_a_dead_letter(tmp_path, stack):
+    run = Run(tmp_path, stack, max_staleness=0, prompts_per_batch=1, max_attempts=2)
+    actors = [await run.peer(f"actor-{i}") for i in range(2)]
+    async with run.replay() as (server, _):
+        await actors[1].ask(Beat(leases=[]))
+        for actor in actors:
+            lease = await actor.lease()
+            assert lease.lease_id == "000000000"
+            await actor.ask(
+                GiveUp(lease_id=lease.lease_id, attempt=lease.attempt, reason="EngineError")
+            )
+        assert (await actors[0].lease()).lease_id == "000000001", "the run goes on"
+        assert server.queue.ledger()["quarantined"] == 1
+    (line,) = (tmp_path / "dead_letters.jsonl").read_text().splitlines()
+    letter = json.loads(line)
+    assert (letter["prompt_id"], letter["attempts"]) == ("prompt-0", 2)
+    assert (letter["actors"], letter["reason"]) == (["actor-0", "actor-1"], "EngineError")
+
+
+async def test_a_stale_tree_of_the_last_attempt_makes_a_dead_letter(tmp_path, stack):
+    run = Run(tmp_path, stack, max_staleness=0, prompts_per_batch=1, max_attempts=1)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay() as (server, _):
+        lease = await actor.lease()
+        await actor.put(lease, tree_for(lease))
+        await learner.batch(0)
+        await learner.ask(Published(step=1, lineage=0, consumed_step=0))
+        lease = await actor.lease()
+        with pytest.raises(RefusedError, match="stale"):
+            await actor.put(lease, tree_for(lease, step=0))
+        assert server.queue.ledger()["quarantined"] == 1
+        again = await actor.lease()
+        assert await actor.put(again, tree_for(again, step=1)) == "accepted"
+    assert '"reason": "stale"' in (tmp_path / "dead_letters.jsonl").read_text()
 
 
 async def test_a_publication_ahead_of_all_batches_is_refused():
     async with serving(ScriptedPrompts()) as served:
         learner = await served.peer("learner-0")
-        for step in (-1, 1, 10**12):
+        for step in (1, 2**31 - 1):
             with pytest.raises(RefusedError, match="wrong_step"):
-                await learner.ask(Published(step=step, consumed_step=0))
+                await learner.ask(Published(step=step, lineage=0, consumed_step=0))
         assert served.server.queue.published == 0
+
+
+async def test_no_lease_goes_out_beyond_the_disk_budget_until_a_checkpoint_makes_room(
+    tmp_path, stack
+):
+    limits = replace(LIMITS, max_disk_bytes=1_500)
+    run = Run(tmp_path, stack, max_staleness=3, limits=limits)
+    actor, learner = await run.peer("actor-0"), await run.peer("learner-0")
+    async with run.replay() as (server, _):
+        for _ in range(2):
+            lease = await actor.lease()
+            await actor.put(lease, tree_for(lease))
+        assert server.store.num_bytes > 600
+        answer = await actor.lease(wait_s=0.0)
+        assert answer.reason == "admission: the disk budget is used up"
+        await learner.batch(0)
+        await learner.ask(Published(step=1, lineage=0, consumed_step=0))
+        await learner.ask(Retired(step=0))
+        assert isinstance(await actor.lease(), Leased)

@@ -65,6 +65,20 @@ def _fork(_):
     return 1.0
 
 
+def _fork_bomb(file):
+    """Start processes that replace themselves faster than they can be listed, and touch the file; they end by themselves."""
+    Path(file).touch()
+    end = time.monotonic() + WAIT_S
+    for _ in range(20):
+        if os.fork() == 0:
+            while time.monotonic() < end:
+                if os.fork():
+                    os._exit(0)
+                os.utime(file)
+            os._exit(0)
+    time.sleep(WAIT_S)
+
+
 def _send(reply):
     """Answer behind the worker's back."""
     body = reply.encode()
@@ -141,6 +155,7 @@ ORDERS = {
     "print": _print,
     "flood": _flood,
     "fork": _fork,
+    "fork bomb": _fork_bomb,
     "send": _send,
     "claim": _claim_length,
     "pid": _write_pid,

@@ -157,6 +157,19 @@ async def test_what_a_killed_scorer_has_started_is_killed_with_it(tmp_path, orde
         await until(lambda: is_gone(int(file.read_text())))
 
 
+async def test_a_fork_bomb_is_killed_as_a_whole_and_others_are_scored(tmp_path):
+    file = tmp_path / "touched"
+    async with pool_of(timeout_s=2.0) as pool:
+        scores = await pool.score([f"fork bomb:{file}", "right"], "")
+        np.testing.assert_array_equal(scores, [np.nan, 1])
+        await asyncio.sleep(0.2)
+        touched = file.stat().st_mtime_ns
+        await asyncio.sleep(0.5)
+        assert file.stat().st_mtime_ns == touched, "some of it is left"
+        assert await pool.score(["right"] * 3, "") == [1.0] * 3
+    assert pool.failures.counts == {Failure.TIMED_OUT: 1}
+
+
 async def test_the_end_of_a_scorer_is_seen_though_what_it_started_goes_on():
     async with pool_of(timeout_s=10.0) as pool:
         attempt = await pool.attempt("exit beside child", "")

@@ -75,6 +75,18 @@ def test_the_newest_few_are_kept(store):
     assert len(list(store.folder.iterdir())) == 2
 
 
+def test_a_step_is_covered_that_every_kept_checkpoint_has_reached(store):
+    covered = [store.covered_step()]
+    for version in ("0.10", "0.20", "0.30", "1.25"):
+        saved(store, version)
+        covered.append(store.covered_step())
+    assert covered == [None, None, 10, 20, 25], "none, too few, the older of two"
+    flip_a_bit(store.folder / "1.25")
+    assert store.covered_step() is None, "a damaged one covers nothing"
+    saved(store, "1.35")
+    assert store.covered_step() == 30
+
+
 def test_a_version_is_never_written_twice(store):
     saved(store, "0.10")
     with pytest.raises(WeightsError, match="never rewritten"):

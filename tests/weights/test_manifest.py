@@ -19,7 +19,7 @@ from treepo_async.weights.manifest import (
     read_tensors,
     verify,
 )
-from treepo_async.weights.store import NamedTensor, WeightStore
+from treepo_async.weights.store import NamedTensor, WeightStore, write_tensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -132,6 +132,17 @@ def test_another_shape_or_dtype_is_refused_by_name(tmp_path, array):
     folder = publish(tmp_path, {**ARRAYS, "embed.weight": array})
     with pytest.raises(WeightsError, match=r"embed.weight as .*F(32|16).*the model has"):
         verify(folder, EXPECTED)
+
+
+def test_tensors_in_another_order_are_the_same_and_under_each_others_names_are_not(tmp_path):
+    one, other = np.arange(4, dtype=np.float32), np.ones(4, np.float32)
+    expected = {name: TensorInfo("F32", (4,)) for name in ("a", "b")}
+    folder = publish(tmp_path, {"a": one, "b": other})
+    write_tensors(folder / WEIGHTS_FILE, tensors_of({"b": other, "a": one}))
+    assert verify(folder, expected).version == folder.name
+    write_tensors(folder / WEIGHTS_FILE, tensors_of({"a": other, "b": one}))
+    with pytest.raises(WeightsError, match="2 tensors are damaged, first a"):
+        verify(folder, expected)
 
 
 def test_a_file_that_differs_from_its_manifest_is_refused(tmp_path, folder):

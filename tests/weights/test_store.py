@@ -1,3 +1,4 @@
+import shutil
 import threading
 
 import numpy as np
@@ -133,6 +134,31 @@ def test_a_later_lineage_is_newer_than_any_step_of_an_earlier_one(store, config_
     assert store.next_after(PolicyVersion(1, 2)) is None
 
 
+def test_a_writer_that_was_followed_by_a_later_lineage_publishes_nothing(store, config_file):
+    publish(store, config_file, 2, lineage=1)
+    with pytest.raises(
+        WeightsError, match=r"0\.9 is not published: lineage 0 was rolled back, 1\.2"
+    ):
+        publish(store, config_file, 9)
+    assert store.versions() == [PolicyVersion(1, 2)]
+    assert [entry.name for entry in store.folder.iterdir()] == ["1.2"], "nor is anything left"
+
+
+def test_what_it_had_begun_before_comes_too_late_for_whoever_has_a_later_one(store, config_file):
+    later = WeightStore(store.folder, keep=3)
+
+    def overtaken():
+        yield tensor(1)
+        publish(later, config_file, 2, lineage=1)
+
+    # the one that came first takes what the other has half written for a leftover
+    with pytest.raises(FileNotFoundError):
+        publish(store, config_file, 9, tensors=overtaken())
+    assert store.next_after(PolicyVersion(0, 8)) == PolicyVersion(1, 2)
+    publish(store, config_file, 3, lineage=1)
+    assert store.next_after(PolicyVersion(1, 2)) == PolicyVersion(1, 3)
+
+
 def test_a_version_is_written_once(store, config_file):
     folder = publish(store, config_file, 1)
     before = (folder / WEIGHTS_FILE).read_bytes()
@@ -188,3 +214,25 @@ def test_with_marked_only_no_other_version_comes_next(store, config_file):
     publish(store, config_file, 3)
     assert store.next_after(PolicyVersion(0, 0), marked_only=True) == PolicyVersion(0, 2)
     assert store.next_after(PolicyVersion(0, 2), marked_only=True) is None
+
+
+def test_what_cannot_be_removed_is_told_of_and_fails_no_publication(
+    store, config_file, monkeypatch
+):
+    told = []
+    again = WeightStore(store.folder, keep=1, unremoved=told.append)
+    publish(again, config_file, 1)
+    (store.folder / ".old-0.1").mkdir()
+    (store.folder / ".old-0.1" / "held").touch()
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert publish(again, config_file, 2) == again.path(PolicyVersion(0, 2))
+    assert steps(again) == [1, 2], "and none is half removed"
+    assert len(told) == 2
+    monkeypatch.undo()
+    publish(again, config_file, 3)
+    assert [entry.name for entry in store.folder.iterdir()] == ["0.3"]
+    assert len(told) == 2
+
+
+def refuse(folder):
+    raise OSError(5, "Input/output error", str(folder))

@@ -194,6 +194,10 @@ DAMAGED = {
     "flag out of range": (edited(GOOD, "mixed_context_S", first(2)), "mixed_context_S"),
     "inclusion of nothing": (edited(GOOD, "inclusion_S", first(0)), r"segments\[0\].inclusion"),
     "inclusion above one": (edited(GOOD, "inclusion_S", first(2)), r"segments\[0\].inclusion"),
+    "inclusion whose inverse is infinite": (
+        edited(GOOD, "inclusion_S", first(5e-324)),
+        r"segments\[0\].inclusion",
+    ),
     "inclusion that is no number": (
         edited(GOOD, "inclusion_S", first(np.nan)),
         r"segments\[0\].inclusion",

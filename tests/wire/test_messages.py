@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 
 from treepo_async.errors import WireError
 from treepo_async.wire import messages
-from treepo_async.wire.messages import Ack, AnyMessage, AskLease, Hello, Message, decode, encode
+from treepo_async.wire.messages import (
+    MAX_MESSAGE_BYTES,
+    Ack,
+    AnyMessage,
+    AskLease,
+    Hello,
+    Message,
+    Published,
+    decode,
+    encode,
+    request_of,
+)
 
 TYPES = typing.get_args(AnyMessage)
 
@@ -18,7 +29,7 @@ def named(kind):
 
 def example(kind):
     """A message with every field away from its default."""
-    values = {bool: True, int: 7, float: 2.5, str: "seven", list[str]: ["a", "b"], list[int]: [1, 2], dict[str, int]: {"a": 1}}  # fmt: skip
+    values = {bool: True, int: 7, float: 2.5, str: "seven", list[str]: ["a", "b"], list[int]: [1, 2], dict[str, int]: {"a": 1}, dict[int, str]: {3: "a"}}  # fmt: skip
     return kind(**{name: values[hint] for name, hint in typing.get_type_hints(kind).items()})
 
 
@@ -98,6 +109,48 @@ def test_a_flipped_byte_gives_a_message_or_a_wire_error(data):
     assert isinstance(found, Message)
 
 
+def test_a_frame_above_the_limit_is_not_even_looked_at():
+    good = encode(Ack(note="x" * (MAX_MESSAGE_BYTES - 100)))
+    assert len(decode(good).note) == MAX_MESSAGE_BYTES - 100
+    with pytest.raises(WireError, match="at most 1048576 are read"):
+        decode(encode(Ack(note="x" * MAX_MESSAGE_BYTES)))
+
+
 def test_a_whole_number_serves_as_seconds():
     raw = msgspec.msgpack.encode({"type": "AskLease", "request": 0, "wait_s": 5})
     assert decode(raw) == AskLease(wait_s=5.0)
+
+
+@pytest.mark.parametrize("number", [-1, 2**31, 2**63])
+def test_a_number_that_is_kept_is_refused_where_no_file_could_hold_it(number):
+    for raw in (
+        {"type": "PutTree", "lease_id": "000000001", "attempt": number},
+        {"type": "AskBatch", "step": 0, "lineage": number, "wait_s": 1.0},
+        {"type": "Published", "step": 0, "lineage": 0, "consumed_step": number - (number < 0)},
+    ):
+        with pytest.raises(WireError, match=r"lineage|attempt|consumed_step"):
+            decode(msgspec.msgpack.encode(raw))
+
+
+def test_the_first_weights_of_a_run_consumed_no_step():
+    message = Published(step=0, lineage=0, consumed_step=-1)
+    assert decode(encode(message)) == message
+
+
+def test_a_name_is_no_longer_than_a_hundred_characters():
+    assert decode(encode(Hello(name="a" * 100, run_id="r"))).name == "a" * 100
+    with pytest.raises(WireError, match="name"):
+        decode(encode(Hello(name="a" * 101, run_id="r")))
+
+
+def test_an_answer_may_be_larger_than_a_request():
+    answer = Ack(note="x" * MAX_MESSAGE_BYTES)
+    assert decode(encode(answer), max_bytes=None) == answer
+
+
+def test_the_number_of_a_request_is_read_where_the_rest_cannot_be():
+    bad = {"type": "PutTree", "request": 9, "attempt": -1, "surprise": [[1]]}
+    assert request_of(msgspec.msgpack.encode(bad)) == 9
+    huge = msgspec.msgpack.encode({"request": 9, "note": "x" * MAX_MESSAGE_BYTES})
+    for frame in (b"", b"\xc1", b"\x91" * 100_000, encode(Ack(request=9))[:-1], huge):
+        assert request_of(frame) == 0

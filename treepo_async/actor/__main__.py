@@ -1,4 +1,8 @@
-"""`python -m treepo_async.actor WIRING`: one actor as a process. Actor 0 also evaluates."""
+"""`python -m treepo_async.actor WIRING`: one actor as a process. Actor 0 also evaluates.
+
+SIGTERM ends it in order: no further lease, and those it holds go back to replay. It ends by itself, with the reason, when its
+leases keep failing (`health`).
+"""
 
 import asyncio
 import json
@@ -10,6 +14,7 @@ import aiohttp
 from treepo_async.actor.evaluate import Evaluator
 from treepo_async.actor.expand import ExpandSettings
 from treepo_async.actor.grow import Grower
+from treepo_async.actor.health import Health
 from treepo_async.actor.replay_client import ReplayClient
 from treepo_async.actor.score import Scoring, open_scoring
 from treepo_async.actor.settings import expand_settings
@@ -20,11 +25,14 @@ from treepo_async.config.schema import Config
 from treepo_async.config.wiring import Wiring
 from treepo_async.data.source import open_source
 from treepo_async.data.tokenizer import TextTokenizer
+from treepo_async.engine.api_key import bearer, ensure_key
 from treepo_async.engine.client import EngineClient
 from treepo_async.engine.gate import GateClient
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.metrics.events import emit
 from treepo_async.metrics.role import run_role
+from treepo_async.wire.hello import hello_of
+from treepo_async.wire.keys import client_keys
 from treepo_async.wire.sockets import Requester
 
 
@@ -40,26 +48,44 @@ async def main(wiring: Wiring) -> None:
         stream_tokens=config.engine.stream_tokens,
         max_staleness=config.replay.max_staleness,
         num_steps=config.steps,
+        timeout_s=config.actor.tree_timeout_s,
     )
+    keys = client_keys(wiring.keys_dir, wiring.role)
     evaluates = wiring.index == 0 and config.eval.every > 0
     gate = GateClient(
         wiring.gate_endpoint,
         name=wiring.role,
+        keys=keys,
         evaluates=evaluates,
         timeout_s=config.engine.start_timeout_s + config.eval.timeout_s,
     )
-    requester = Requester(wiring.replay_endpoint, name=wiring.role, owner="replay")
+    hello = hello_of(wiring)
+    requester = Requester(
+        wiring.replay_endpoint,
+        name=wiring.role,
+        owner="replay",
+        hello=hello,
+        keys=keys,
+        max_bytes=config.replay.max_tree_bytes,
+    )
     async with (
         requester,
         gate,
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
+        aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),
+            headers=bearer(ensure_key(wiring.engine_key_file)),
+        ) as session,
         open_scoring(
             config.reward,
             decode=tokenizer.decode,
             max_response_tokens=response_limit(config),
         ) as scoring,
     ):
-        replay = ReplayClient(requester, reply_timeout_s=config.cluster.start_timeout_s)
+        replay = ReplayClient(
+            requester,
+            reply_timeout_s=config.cluster.start_timeout_s,
+            max_tree_bytes=config.replay.max_tree_bytes,
+        )
         engine = EngineClient(
             wiring.engine_url,
             gate,
@@ -69,12 +95,10 @@ async def main(wiring: Wiring) -> None:
             request_timeout_s=config.engine.request_timeout_s,
             update_mode=UpdateMode(config.engine.update_mode),
         )
-        await replay.hello(
-            name=wiring.role, run_id=wiring.run_id, timeout_s=config.cluster.start_timeout_s
-        )
+        await replay.hello(hello, timeout_s=config.cluster.start_timeout_s)
         emit("ready")
         grower = Grower(wiring.role, engine, settings, scoring, config.seed, config.reward.shuffle)
-        worker = Worker(replay, grower)
+        worker = Worker(replay, grower, Health(config.actor.sick_after))
         async with asyncio.TaskGroup() as tasks:
             if evaluates:
                 evaluator = _evaluator(config, model, tokenizer, settings, engine, gate, scoring)

@@ -1,23 +1,30 @@
 """One prompt to one tree: what `tree.growth` asks for, carried out on an engine.
 
-Waits: for the next completion of this tree (the engine client has the deadline). Other prompts are never waited for.
+Waits: for the next completion of this tree (the engine client has the deadline of each; `timeout_s` is that of the tree).
+Other prompts are never waited for. At the tree's deadline what still runs is ended, and the tree has the leaves that are
+whole. So trees with slow paths lose their longest ones: a deadline that many trees meet favours short responses.
 """
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from treepo_async import chaos
 from treepo_async.engine.answer import Completion, Watch
 from treepo_async.engine.client import SamplingSettings
-from treepo_async.errors import EngineError
+from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.tree.growing import Extension, GrowingTree
 from treepo_async.tree.growth import Growth, start_growth
+from treepo_async.tree.regrow import Trunk
 from treepo_async.tree.rules import GrowthRules, PruneRules
 from treepo_async.tree.split import temperature_at
 from treepo_async.tree.stopping import StopRules, find_stop
 from treepo_async.types import ROOT, Prompt, Provenance, Segment, StopReason
+
+NO_TRUNK = Trunk()
 
 
 class Engine(Protocol):
@@ -38,6 +45,7 @@ class Engine(Protocol):
         least_step: int = 0,
         is_cached: bool = True,
         watch: Watch | None = None,
+        arrived: dict[int, Completion] | None = None,
     ) -> list[Completion]:
         """See `EngineClient.extend`."""
 
@@ -55,6 +63,8 @@ class ExpandSettings:
     split_temperature_end: float | None = None
     """Of the split at the last step; None: as at the first."""
     num_steps: int = 1
+    timeout_s: float = math.inf
+    """Of one tree."""
 
     def growth_at(self, step: int) -> GrowthRules:
         """The rules of a tree that is grown for a policy step."""
@@ -85,6 +95,14 @@ class _Cost:
         self.overhead_s.append(completion.overhead_s)
 
 
+class _Asked(NamedTuple):
+    """A request in the engine."""
+
+    extension: Extension
+    arrived: dict[int, Completion]
+    """Runs that are back, by number."""
+
+
 @dataclass
 class Expansion:
     """The expansion of one prompt."""
@@ -94,63 +112,89 @@ class Expansion:
     settings: ExpandSettings
     growth: Growth
     least_step: int
+    num_kept: int = 0
+    """Segments of an earlier tree; the engine's cache need not have them."""
     cost: _Cost = field(default_factory=_Cost)
-    _requests: dict[asyncio.Task[list[Completion]], Extension] = field(default_factory=dict)
+    _requests: dict[asyncio.Task[list[Completion]], _Asked] = field(default_factory=dict)
 
     async def run(self) -> None:
-        """Grow to the end. A failed request cancels the others and is raised."""
+        """Grow to the end, or to the deadline. A failed request cancels the others and is raised.
+
+        Raises:
+            DeadlineError: no path had ended at the deadline.
+        """
+        limit_s = self.settings.timeout_s
         try:
-            extensions = self.growth.start()
-            if len(extensions) > 1:
-                await self.engine.warm(
-                    self._prefix(ROOT), sampling=self.settings.sampling, least_step=self.least_step
-                )
-            self._submit(extensions)
-            while self._requests:
-                await asyncio.wait(self._requests, return_when=asyncio.FIRST_COMPLETED)
-                # in the order of submission, which does not depend on the engine
-                for request in [r for r in self._requests if r.done()]:
-                    self._take(self._requests.pop(request), request.result())
+            async with asyncio.timeout(None if math.isinf(limit_s) else limit_s) as limit:
+                await self._grow()
+        except TimeoutError as error:
+            if not limit.expired():
+                # an engine's own deadline
+                raise
+            self._rescue()
+            if self.growth.cut_off() == 0:
+                raise DeadlineError("a whole leaf of a tree", "the engine", limit_s) from error
         finally:
             for request in self._requests:
                 request.cancel()
             await asyncio.gather(*self._requests, return_exceptions=True)
 
+    async def _grow(self) -> None:
+        extensions = self.growth.start()
+        if len(extensions) > 1:
+            await self.engine.warm(
+                self._prefix(ROOT), sampling=self.settings.sampling, least_step=self.least_step
+            )
+        self._submit(extensions)
+        while self._requests:
+            await asyncio.wait(self._requests, return_when=asyncio.FIRST_COMPLETED)
+            # in the order of submission, which does not depend on the engine
+            for request in [r for r in self._requests if r.done()]:
+                extension, _ = self._requests.pop(request)
+                chaos.point("actor.mid_tree")
+                for completion in request.result():
+                    self._submit(self._take(extension, completion))
+
+    def _rescue(self) -> None:
+        """Take the runs that are back of requests whose others are not; nothing follows them."""
+        for extension, arrived in self._requests.values():
+            for _, completion in sorted(arrived.items()):
+                self._take(extension, completion)
+
     def _submit(self, extensions: Sequence[Extension]) -> None:
         for extension in extensions:
+            arrived: dict[int, Completion] = {}
             request = self.engine.extend(
                 self._prefix(extension.parent),
                 num_runs=extension.num_runs,
                 max_new_tokens=extension.max_new_tokens,
                 sampling=self._sampling(extension),
                 least_step=self.least_step,
-                is_cached=extension.parent != ROOT or extension.num_runs == 1,
+                is_cached=extension.parent >= self.num_kept or extension.num_runs == 1,
                 watch=self._watch(extension),
+                arrived=arrived,
             )
-            self._requests[asyncio.ensure_future(request)] = extension
+            self._requests[asyncio.ensure_future(request)] = _Asked(extension, arrived)
 
-    def _take(self, extension: Extension, completions: Sequence[Completion]) -> None:
-        """Cut each completion at its stop, add it to the tree, and submit what follows."""
-        for completion in completions:
-            run = completion.run
-            if len(run) == 0:
-                raise EngineError("the engine returned no token")
-            stop = find_stop(
-                self.settings.stops,
-                _response(self.growth.tree, extension.parent),
-                run.token_ids.tolist(),
-                start=extension.start,
-                segment_tokens=self.settings.growth.segment_tokens,
+    def _take(self, extension: Extension, completion: Completion) -> list[Extension]:
+        """Cut a completion at its stop, and add it to the tree. Gives what follows."""
+        run = completion.run
+        if len(run) == 0:
+            raise EngineError("the engine returned no token")
+        stop = find_stop(
+            self.settings.stops,
+            _response(self.growth.tree, extension.parent),
+            run.token_ids.tolist(),
+            start=extension.start,
+            segment_tokens=self.settings.growth.segment_tokens,
+        )
+        kept, reason = (len(run), None) if stop is None else stop
+        if reason is None and len(run) < extension.max_new_tokens:
+            raise EngineError(
+                f"the engine returned {len(run)} of {extension.max_new_tokens} tokens without a stop"
             )
-            kept, reason = (len(run), None) if stop is None else stop
-            if reason is None and len(run) < extension.max_new_tokens:
-                raise EngineError(
-                    f"the engine returned {len(run)} of {extension.max_new_tokens} tokens without a stop"
-                )
-            self.cost.add(completion, kept)
-            self._submit(
-                self.growth.add(extension, run.head(kept), reason, entropy=completion.entropy)
-            )
+        self.cost.add(completion, kept)
+        return self.growth.add(extension, run.head(kept), reason, entropy=completion.entropy)
 
     def _prefix(self, parent: int) -> list[int]:
         return [*self.prompt.token_ids.tolist(), *_response(self.growth.tree, parent)]
@@ -218,6 +262,7 @@ async def expand(
     lease_id: str,
     actor: str,
     least_step: int,
+    trunk: Trunk = NO_TRUNK,
 ) -> tuple[tuple[Segment, ...], Provenance]:
     """Grow the tree of a prompt.
 
@@ -229,6 +274,7 @@ async def expand(
         lease_id: for the tree's provenance.
         actor: likewise.
         least_step: oldest policy step that may sample.
+        trunk: what is kept of an earlier tree of the prompt; none of it is in the costs.
 
     Returns:
         The segments in creation order, and what growing them cost.
@@ -238,8 +284,9 @@ async def expand(
     """
     clock = asyncio.get_running_loop().time
     begin = clock()
-    growth = start_growth(settings.growth_at(least_step), rng, settings.prune)
-    expansion = Expansion(prompt, engine, settings, growth, least_step)
+    rules = settings.growth_at(least_step)
+    growth = start_growth(rules, rng, settings.prune, trunk.segments)
+    expansion = Expansion(prompt, engine, settings, growth, least_step, len(trunk.segments))
     await expansion.run()
     tree, cost = growth.tree, expansion.cost
     return tuple(tree.segments), Provenance(
@@ -255,7 +302,7 @@ async def expand(
         saved_tokens=tree.saved_tokens(),
         grow_s=clock() - begin,
         overhead_s=sum(cost.overhead_s),
-        notes=growth.notes(),
+        notes=(*trunk.notes, *growth.notes()),
     )
 
 

@@ -17,10 +17,10 @@ from treepo_async.actor.endings import Outcome
 from treepo_async.actor.grow import Grower
 from treepo_async.actor.output import Output
 from treepo_async.actor.tally import Tally
-from treepo_async.actor.turns import Turns
 from treepo_async.data.source import Skipped
 from treepo_async.engine.client import all_of
 from treepo_async.engine.fixed import FixedEngine
+from treepo_async.engine.turns import Turns
 from treepo_async.errors import DeadlineError, EngineError, TreeError, TreepoError
 from treepo_async.types import Prompt, Tree
 

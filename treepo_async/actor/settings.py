@@ -38,6 +38,7 @@ def expand_settings(
     stream_tokens: int = 0,
     max_staleness: int | None = None,
     num_steps: int = 1,
+    timeout_s: float = math.inf,
 ) -> ExpandSettings:
     """How trees are grown.
 
@@ -48,6 +49,7 @@ def expand_settings(
         stream_tokens: requests for more tokens are watched while they run; 0: none is.
         max_staleness: of the run, for `prune.stale`; None where nothing can be stale.
         num_steps: of the run, for `tree.split_temperature_end`.
+        timeout_s: of one tree.
 
     Raises:
         ConfigError: `prune.value` cannot be found.
@@ -68,6 +70,7 @@ def expand_settings(
         stream_tokens=stream_tokens,
         split_temperature_end=tree.split_temperature_end,
         num_steps=num_steps,
+        timeout_s=timeout_s,
     )
 
 

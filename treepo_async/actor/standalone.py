@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import aiohttp
@@ -29,8 +30,10 @@ from treepo_async.actor.settings import expand_settings
 from treepo_async.actor.tally import Tally
 from treepo_async.config.limits import context_length, prompt_limit, response_limit
 from treepo_async.config.schema import GenerateConfig
+from treepo_async.config.wiring import ENGINE_KEY_FILE
 from treepo_async.data.source import FileOrder, Skipped
 from treepo_async.data.tokenizer import TextTokenizer
+from treepo_async.engine.api_key import bearer, ensure_key, read_key
 from treepo_async.engine.client import EngineClient
 from treepo_async.engine.fixed import FixedEngine
 from treepo_async.engine.kept import KeptEngine
@@ -113,6 +116,8 @@ class Standalone:
     output: Output
     printer: Printer
     tally: Tally = field(init=False)
+    _key_file: Path = field(init=False)
+    """Of the engine that is started for this work alone."""
 
     def __post_init__(self) -> None:
         # the output may hold more, of a start with a higher limit
@@ -163,7 +168,6 @@ class Standalone:
             ConfigError: the engine does not fit, or its weights are not those of the trees that are there.
             DataError: the output cannot be written.
         """
-        config = self.inputs.config
         task, stopping = asyncio.current_task(), list[int]()
         assert task is not None, "runs in a task"
 
@@ -178,20 +182,28 @@ class Standalone:
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
         try:
-            async with (
-                open_scoring(
-                    config.reward,
-                    decode=self.inputs.tokenizer.decode,
-                    max_response_tokens=response_limit(config),
-                ) as scoring,
-                aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
-                self._engine(session) as engine,
-            ):
-                await self._generate(engine, session, scoring)
+            with TemporaryDirectory(prefix="treepo-") as private:
+                self._key_file = Path(private) / ENGINE_KEY_FILE
+                await self._work()
         except asyncio.CancelledError:
             if not stopping:
                 raise
             raise StoppedError from None
+
+    async def _work(self) -> None:
+        config = self.inputs.config
+        async with (
+            open_scoring(
+                config.reward,
+                decode=self.inputs.tokenizer.decode,
+                max_response_tokens=response_limit(config),
+            ) as scoring,
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0), headers=bearer(self._engine_key())
+            ) as session,
+            self._engine(session) as engine,
+        ):
+            await self._generate(engine, session, scoring)
 
     @asynccontextmanager
     async def _engine(self, session: aiohttp.ClientSession) -> AsyncIterator[FixedEngine]:
@@ -206,6 +218,13 @@ class Standalone:
         finally:
             await engine.stop()
 
+    def _engine_key(self) -> str | None:
+        """What the engine wants to see of its clients; that of somebody else's may want nothing."""
+        settings = self.inputs.config.engine
+        if settings.url is None:
+            return ensure_key(self._key_file)
+        return None if settings.api_key_file is None else read_key(Path(settings.api_key_file))
+
     def _make_engine(self, session: aiohttp.ClientSession) -> FixedEngine:
         config, model = self.inputs.config, self.inputs.model
         settings = config.engine
@@ -219,7 +238,8 @@ class Standalone:
             )
         log_file = beside(self.output.out, "sglang.log")
         (port,) = free_ports(1)
-        server = Server(options_of(config, model, port=port, log_file=log_file), session)
+        options = options_of(config, model, port=port, log_file=log_file, key_file=self._key_file)
+        server = Server(options, session)
         return KeptEngine(
             server, self.inputs.model_dir, settings.start_timeout_s, settings.max_restarts
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from treepo_async.cluster.stall import StallWatch
 from treepo_async.metrics.console import alarm_line, eval_line, step_line
 from treepo_async.metrics.record import Recorder, eval_record
 from treepo_async.metrics.sinks import Sink
@@ -20,8 +21,8 @@ KEPT = ("started", "ready", "rank", "weights", "saved", "eval", "alarm", "failed
 """Events that go to the event log."""
 FIRST_ENGINE = "engine-0"
 """Whose change of weights goes into the record of a step; the event log has those of all engines."""
-QUIET_S = 30.0
-"""After this long without a line, it is said what is waited for."""
+DRIVER = "driver"
+STALL_S = 30.0
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Narrator:
     log: Sink
     """Takes every event of a kind in `KEPT`."""
     say: Callable[[str], None]
+    stall_s: float = STALL_S
+    """Without progress it is said who is waited for."""
     ready: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
     """What each role said of its own failure."""
@@ -43,6 +46,8 @@ class Narrator:
     """The learner's last event."""
     evaluated_step: int = -1
     """Newest policy step whose evaluation has ended, well or not."""
+    newest_step: int = -1
+    """Highest step of the learner that came."""
     _starts: dict[str, float] = field(default_factory=dict)
     """When the newest process of each role was started."""
     _pids: dict[str, int] = field(default_factory=dict)
@@ -55,11 +60,14 @@ class Narrator:
     _weights: Event | None = None
     """The newest `weights`."""
     _began: float = field(default_factory=time.monotonic)
-    _last_line: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self._stalls = StallWatch(self.stall_s, self.roles, self._began)
 
     def on_event(self, role: str, event: Event) -> None:
         """Tell and record what an event brings; unknown kinds are passed over."""
         kind = event["event"]
+        self._stalls.on_event(role, event, time.monotonic())
         if kind in KEPT:
             self.log.write({"time": time.time(), "role": role, **event})
         handle = {
@@ -78,13 +86,24 @@ class Narrator:
         """A role's process was started; it counts as ready once it says so."""
         self._pids[role] = pid
         self._starts[role] = time.monotonic()
+        self._stalls.on_start(role, time.monotonic())
         self.ready.discard(role)
         self.log.write({"time": time.time(), "role": role, "event": "started", "pid": pid})
 
     def line(self, text: str) -> None:
         """Say a line, with the time since the start."""
-        self._last_line = time.monotonic()
         self.say(f"[{self.seconds():6.1f} s] {text}")
+
+    def tell_stall(self) -> None:
+        """Say who is waited for, where nothing has got on for long."""
+        report = self._stalls.report(time.monotonic())
+        if report is None:
+            return
+        self.line(report.text)
+        if report.is_stall:
+            self.log.write(
+                {"time": time.time(), "role": DRIVER, "event": "stalled", "text": report.text}
+            )
 
     def seconds(self) -> float:
         """Time since the start."""
@@ -137,6 +156,7 @@ class Narrator:
             case "step":
                 self.flush_step()
                 self._held_step = event
+                self.newest_step = max(self.newest_step, event["step"])
                 if FIRST_ENGINE in self.roles:
                     self._match_weights()
                 else:
@@ -149,19 +169,11 @@ class Narrator:
                 self._write(eval_record(event))
             case "evaluated":
                 self.evaluated_step = event["step"]
-            case "waiting":
-                self._on_waiting(event)
 
     def _match_weights(self) -> None:
         held, weights = self._held_step, self._weights
         if held is not None and weights is not None and held["policy_step"] == weights["step"]:
             self.flush_step()
-
-    def _on_waiting(self, event: Event) -> None:
-        if time.monotonic() - self._last_line > QUIET_S:
-            absent = [role for role in self.roles if role not in self.ready]
-            starting = f"; still starting: {', '.join(absent)}" if absent else ""
-            self.line(f"waiting for the {event['wait']}: {event['missing']}{starting}")
 
     def _write(self, record: dict[str, Any]) -> None:
         for sink in self.sinks:

@@ -47,17 +47,19 @@ def make_plan(
     """
     run_id = secrets.token_hex(4)
     num_engines, num_actors = sizes(config)
+    keys_dir = config.cluster.keys_dir
     replay_port, *engine_ports = free_ports(1 + 2 * max(1, num_engines))
     shared = Wiring(
         run_id=run_id,
         run_dir=str(run_dir.resolve()),
         model_dir=str(model_dir.resolve()),
-        replay_endpoint=f"tcp://127.0.0.1:{replay_port}",
+        replay_endpoint=f"tcp://{config.cluster.host}:{replay_port}",
         gate_endpoint="",
         engine_url="",
         role="",
         lineage=lineage,
         resume_step=resume_step,
+        keys_dir=None if keys_dir is None else str(Path(keys_dir).resolve()),
     )
 
     def role(kind: str, index: int, cpu_threads: int = 1) -> RoleSpec:
@@ -67,7 +69,7 @@ def make_plan(
             shared,
             role=name,
             index=index,
-            gate_endpoint=f"tcp://127.0.0.1:{gate_port}",
+            gate_endpoint=f"tcp://{config.cluster.host}:{gate_port}",
             engine_url=f"http://127.0.0.1:{engine_port}",
         )
         is_actor = kind == "actor"

@@ -30,11 +30,15 @@ class RayCluster:
     _next_record: float = 0.0
 
     def record(self) -> None:
-        """Write down the pids of the run, now and then, for whoever must clean up after a killed driver."""
+        """Write down the pids of the run, now and then, for whoever must clean up after a killed driver.
+
+        Where that cannot be written, as on a full disk, the last record stays until it can.
+        """
         if time.monotonic() < self._next_record:
             return
         self._next_record = time.monotonic() + RECORD_S
-        record_family(self.record_file, os.getpid(), without=self.reaper_pid)
+        with contextlib.suppress(OSError):
+            record_family(self.record_file, os.getpid(), without=self.reaper_pid)
 
 
 @contextlib.contextmanager
@@ -53,7 +57,7 @@ def ray_cluster(address: str | None, *, cache_dir: Path, num_roles: int) -> Iter
     # short, because the paths of Ray's sockets may have 107 bytes at most
     temporary = Path("/tmp") / f"treepo-{secrets.token_hex(3)}"
     _keep_files_here(temporary, cache_dir)
-    _make_importable()
+    make_importable()
     watcher = reaper.start(record, temporary)
     try:
         ray = _connect(address, cache_dir=cache_dir, temporary=temporary, num_roles=num_roles)
@@ -81,8 +85,8 @@ def _keep_files_here(temporary: Path, cache_dir: Path) -> None:
     os.environ.setdefault("SGLANG_CACHE_DIR", str(cache_dir.resolve() / "sglang"))
 
 
-def _make_importable() -> None:
-    """Let the processes of the run import this package wherever the driver was started."""
+def make_importable() -> None:
+    """Let processes that this one starts import this package wherever the driver was started."""
     os.environ["PYTHONPATH"] = os.pathsep.join(
         [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     )

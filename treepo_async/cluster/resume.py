@@ -2,7 +2,10 @@
 
 import contextlib
 import fcntl
+import os
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from pathlib import Path
@@ -19,6 +22,8 @@ FIXED = ("seed", "model.", "data.", "replay.prompts_per_batch")
 """Keys, and beginnings of keys, that a run keeps for good: its place in the data depends on them."""
 FREE = ("data.epochs",)
 """Exceptions: more of the same data comes behind what there was."""
+LOCK_FILE = ".lock"
+"""In a run's folder: held by its driver."""
 LINEAGE_FILE = "lineage"
 """In a run's folder: the highest lineage that a driver has given out."""
 
@@ -97,31 +102,32 @@ def take_lineage(run_dir: Path) -> int:
     return lineage
 
 
-def clear_for_resume(run_dir: Path, resume_step: int | None) -> None:
+def clear_for_resume(run_dir: Path) -> None:
     """Remove what processes of the run left for each other and the resumed run must not see.
 
-    Args:
-        run_dir: of the run.
-        resume_step: where it goes on; None starts it anew, with an empty place in the data.
+    What replay has stays, also where there is no checkpoint: the run then goes on at step 0 with the same trees.
     """
     shutil.rmtree(run_dir / "weights", ignore_errors=True)
-    if resume_step is None:
-        shutil.rmtree(run_dir / "replay", ignore_errors=True)
 
 
 @contextlib.contextmanager
 def held(run_dir: Path) -> Iterator[None]:
-    """Keep every other driver out of a run's folder.
+    """Keep every other driver out of a run's folder; its lock file names this process and its command.
 
     Raises:
         ConfigError: another one is in it.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("w") as lock:
+    with (run_dir / LOCK_FILE).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            lock.seek(0)
             raise ConfigError(
-                f"run_dir={run_dir} is in use by another driver; wait for its end, or name another folder"
+                f"run_dir={run_dir} is in use by another driver ({lock.read() or 'just starting'}); wait for its "
+                "end, or name another folder"
             ) from error
+        lock.truncate(0)
+        lock.write(f"pid {os.getpid()}: {shlex.join([*sys.orig_argv])}")
+        lock.flush()
         yield

@@ -5,6 +5,7 @@ dies with its Ray worker, and leaves its last lines of output. Its methods run o
 lives as long as the worker does: the process's parent-death signal follows that thread.
 """
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from treepo_async import chaos
 from treepo_async.config.wiring import Wiring
 from treepo_async.metrics.events import parse
 from treepo_async.process import start_child, stop_child
@@ -31,7 +33,7 @@ class RoleSpec:
     wiring: Wiring
     cpu_threads: int
     max_restarts: int = 0
-    """How often it is started again after it was killed."""
+    """How often it is started again after it was killed, without a new step of the run in between."""
     survives_failure: bool = False
     """Whether it is also started again when it ended by itself, with a reason."""
 
@@ -67,7 +69,12 @@ class RoleHost:
                 f"treepo_async.{self._spec.module}",
                 self._spec.wiring.to_json(),
             ],
-            env={"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"},
+            env={
+                "OMP_NUM_THREADS": threads,
+                "MKL_NUM_THREADS": threads,
+                "PYTHONUNBUFFERED": "1",
+                chaos.ROLE_VARIABLE: self._spec.name,
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
@@ -84,6 +91,11 @@ class RoleHost:
         tail = "" if exit_code is None else "\n".join(self._tail)
         return RoleReport(events, exit_code, tail)
 
+    def ask_to_stop(self) -> None:
+        """Have it begin to end; `stop` waits for that."""
+        if self._child is not None and self._child.poll() is None:
+            self._child.terminate()
+
     def stop(self, timeout_s: float) -> int | None:
         """End the process, by force at the deadline. Gives its exit code."""
         if self._child is None:
@@ -92,15 +104,33 @@ class RoleHost:
         return self._child.returncode
 
     def _read(self, child: subprocess.Popen[bytes]) -> None:
-        """Sort the process's output: events to the driver, everything else to its log."""
+        """Sort the process's output: events to the driver, everything else to its log.
+
+        A log that cannot be written, as on a full disk, is told of; reading goes on, or the process would wait for ever.
+        """
         assert child.stdout is not None
-        with self._log_file.open("a", encoding="utf-8") as log:
-            for raw in child.stdout:
-                line = raw.decode(errors="replace").rstrip("\n")
-                event = parse(line)
-                if event is not None:
-                    self._events.append(event)
-                else:
-                    self._tail.append(line)
-                    log.write(line + "\n")
-                    log.flush()
+        is_told = False
+        with contextlib.suppress(OSError):
+            self._log_file.touch()
+        for raw in child.stdout:
+            line = raw.decode(errors="replace").rstrip("\n")
+            event = parse(line)
+            if event is not None:
+                self._events.append(event)
+                continue
+            self._tail.append(line)
+            try:
+                with self._log_file.open("ab", buffering=0) as log:
+                    log.write(line.encode() + b"\n")
+            except OSError as error:
+                if not is_told:
+                    self._events.append(_log_alarm(self._log_file, error))
+                is_told = True
+
+
+def _log_alarm(file: Path, error: OSError) -> dict[str, Any]:
+    return {
+        "event": "alarm",
+        "alarm": "the log of a role cannot be written",
+        "detail": f"{file}: {error.strerror or error}",
+    }

@@ -1,10 +1,11 @@
 """The driver's loop: start every role, hand on what they tell, end with the run or with the first death for good.
 
 Waits: for each role to be ready after its start (`start_timeout_s`), for the learner's `done`, then for the evaluation
-of the last version (`eval_timeout_s`). A role that is killed is started again as often as its spec allows, and goes on
-where the run stands; one that ends by itself had a reason, and unless its spec says that it survives that, the run ends
-with a RoleError that carries its last lines. What fails once the learner is done is only told: the model is there. The
-first Ctrl-C ends the run in order, the second one at once.
+of the last version (`eval_timeout_s`). Without progress the narrator says who is waited for (`cluster.stall`). A role that
+is killed is started again, and goes on where the run stands; one that ends by itself had a reason, and unless its spec
+says that it survives that, the run ends with a RoleError that carries its last lines. So it does when a role ends more
+often than its spec allows without a new step in between. What fails once the learner is done is only told: the model is
+there. The first Ctrl-C ends the run in order, the second one at once.
 """
 
 import signal
@@ -52,6 +53,9 @@ class Supervisor:
     narrator: Narrator
     _hosts: dict[str, Any] = field(default_factory=dict)
     _num_deaths: Counter[str] = field(default_factory=Counter)
+    """Of each role, without a new step in between."""
+    _step_at_death: dict[str, int] = field(default_factory=dict)
+    """The run's newest step when a role last ended."""
     _stopping: bool = False
 
     def run(self) -> str:
@@ -127,6 +131,7 @@ class Supervisor:
             if report.exit_code is not None:
                 self._on_exit(spec, report)
         self.cluster.record()
+        self.narrator.tell_stall()
         if self._stopping:
             raise StoppedError
         time.sleep(LOOK_S)
@@ -172,7 +177,7 @@ class Supervisor:
     def _on_exit(self, spec: RoleSpec, report: RoleReport) -> None:
         if report.exit_code == 0 and self.narrator.done is not None:
             return
-        self._num_deaths[spec.name] += 1
+        self._count_death(spec.name)
         cause = _cause(report.exit_code)
         if spec.name in self.narrator.failures:
             cause = f"{cause}: {self.narrator.failures.pop(spec.name)}"
@@ -183,6 +188,14 @@ class Supervisor:
         self.narrator.line(f"{spec.name} {cause}; starting it again (see logs/{spec.name}.log)")
         pid = self._get(spec.name, self._hosts[spec.name].start.remote())
         self.narrator.on_start(spec.name, pid)
+
+    def _count_death(self, role: str) -> None:
+        """Deaths before the run's newest step are forgiven: a long run may see many."""
+        newest = self.narrator.newest_step
+        if newest > self._step_at_death.get(role, newest):
+            self._num_deaths[role] = 0
+        self._num_deaths[role] += 1
+        self._step_at_death[role] = newest
 
     def _stop_all(self) -> None:
         """End all roles at once: an actor that waits for the engine's answer hears at once that it has gone."""

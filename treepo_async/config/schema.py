@@ -64,6 +64,10 @@ MASKS = ("geometric", "window", "k3", "veto_token", "veto_segment", "veto_subtre
 """Rules that leave tokens out; `learner.loss.mask` says what each is."""
 PROXIMALS = ("auto", "current", "recomputed", "interpolated")
 """What the clip range is centred on; `learner.loss.proximal` says what each is."""
+DURABILITIES = ("disk", "memory")
+"""Where accepted trees lie; `replay.store` says what each gives and gives up."""
+STALE_TREES = ("drop", "regrow")
+"""What becomes of an accepted tree that is too old for its batch; `tree.regrow` says what is kept."""
 DTYPES = ("float32", "bfloat16")
 """Of engine and learner."""
 PACKINGS = ("auto", "tree", "flat")
@@ -248,6 +252,10 @@ class EngineConfig:
         None,
         "a running SGLang server, http://host:port, to use instead of starting one (launch/actor.py)",
     )
+    api_key_file: str | None = knob(
+        None,
+        "file with the key that the server at engine.url asks for, readable by its owner alone",
+    )
     max_total_tokens: int | None = knob(
         32768, "tokens of KV cache; null: SGLang sizes it from free memory", at_least=1
     )
@@ -279,7 +287,16 @@ class EngineConfig:
         choices=("drain", "retract", "in_place"),
     )
     update_timeout_s: float = knob(60.0, "loading new weights", above=0)
-    max_restarts: int = knob(3, "after that the run ends", at_least=0)
+    max_restarts: int = knob(
+        10,
+        "without new weights (launch/actor.py: a tree) in between; after that the run ends",
+        at_least=0,
+    )
+    hang_timeout_s: float = knob(
+        60.0,
+        "a server whose counters stand still under load, or that answers no probe, is started again",
+        above=0,
+    )
     prefill_chunk_tokens: int = knob(4096, "tokens of prefill in one forward pass", at_least=1)
 
 
@@ -288,6 +305,18 @@ class ActorConfig:
     """The processes that grow trees."""
 
     concurrent_trees: int = knob(8, "trees an actor grows at once", at_least=1)
+    tree_timeout_s: float = knob(
+        600.0,
+        "growing one tree; what has not ended then is cut off, and the tree has the leaves that have "
+        "(none: the lease is given up)",
+        above=0,
+    )
+    sick_after: int = knob(
+        8,
+        "leases in a row that an actor fails on (trees that outlive their deadlines together are one); then it ends, with "
+        "the reason",
+        at_least=1,
+    )
     cpu_threads: int = knob(1, "OMP threads of an actor", at_least=1)
 
 
@@ -306,7 +335,12 @@ class ReplayConfig:
         "without a heartbeat of its actor (every 2 s) a lease is given to another",
         at_least=6,
     )
-    max_attempts: int = knob(3, "leases of a prompt before it is quarantined", at_least=1)
+    max_attempts: int = knob(
+        3,
+        "failed leases of a prompt, by two actors at least where there are two, before it is quarantined "
+        "(replay/dead_letters.jsonl has it)",
+        at_least=1,
+    )
     drop_degenerate: bool = knob(
         True, "trees whose leaves are all right or all wrong are replaced at once"
     )
@@ -321,6 +355,27 @@ class ReplayConfig:
         at_least=1,
     )
     max_tree_bytes: int = knob(64 * 2**20, "larger trees are refused", at_least=1)
+    durability: str = knob(
+        "disk",
+        "disk: a tree is acknowledged once it is on disk; memory: trees die with replay, and their prompts are grown "
+        "again, so that a resumed run trains on other trees",
+        choices=DURABILITIES,
+    )
+    segment_bytes: int = knob(
+        64 * 2**20, "a file of trees is followed by another at this size", at_least=2**16
+    )
+    max_disk_bytes: int = knob(
+        64 * 2**30,
+        "trees on disk; no further prompt is leased where a tree of the largest size so far would not fit, until a "
+        "checkpoint retires some",
+        at_least=2**20,
+    )
+    stale_trees: str = knob(
+        "drop",
+        "accepted trees that are too old for their batch, as after a resume with a lower max_staleness: drop, or regrow "
+        "(segments that are young enough stay, the rest of the tree is sampled again)",
+        choices=STALE_TREES,
+    )
 
 
 @dataclass
@@ -509,6 +564,16 @@ class ClusterConfig:
     )
     start_timeout_s: float = knob(240.0, "from launch until every role is ready", above=0)
     stop_timeout_s: float = knob(5.0, "for a role to end by itself before it is killed", above=0)
+    stall_s: float = knob(
+        30.0, "without progress it is said what is waited for, and who should end the wait", above=0
+    )
+    host: str = knob(
+        "127.0.0.1",
+        "address that replay and engine hosts bind; any other than loopback needs cluster.keys_dir",
+    )
+    keys_dir: str | None = knob(
+        None, "CURVE keys of the run's sockets, made by launch/keys.py; default: none, on loopback"
+    )
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The checks a config must pass before anything heavy is imported. All failures are told at once."""
 
+import ipaddress
 import math
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from treepo_async.config.schema import (
     BUILT_IN,
     LEAVE_ONE_OUT,
     AnyConfig,
+    ClusterConfig,
     Config,
     GenerateConfig,
     knobs,
@@ -19,6 +21,7 @@ from treepo_async.config.schema import (
 from treepo_async.errors import ConfigError
 
 OUT_SUFFIXES = (".jsonl", ".parquet")
+_WITH_PASSWORD = re.compile(r"://[^/\s@]*@")
 TRAINING_DATA = ("trees", "eval_path", "epochs")
 """Keys of the section `data` that only training has a use for."""
 
@@ -29,10 +32,24 @@ def validate(config: AnyConfig) -> None:
     Raises:
         ConfigError: one line for each thing that cannot be run, with the way out.
     """
+    passwords = list(_check_passwords(config))
+    if passwords:
+        # alone, as other failures would print the value
+        raise ConfigError("\n".join(passwords))
     own = _check_generation(config) if isinstance(config, GenerateConfig) else _check_run(config)
     failures = [*_check_values(config), *_check_combinations(config), *own]
     if failures:
         raise ConfigError("\n".join(failures))
+
+
+def _check_passwords(config: AnyConfig) -> Iterator[str]:
+    for key, _ in knobs(type(config)):
+        value = attrgetter(key)(config)
+        if isinstance(value, str) and _WITH_PASSWORD.search(value):
+            yield (
+                f"{key} holds a password, which would be saved with the config; give the server's key in "
+                "engine.api_key_file, or put the data into a local file"
+            )
 
 
 def _check_values(config: AnyConfig) -> Iterator[str]:
@@ -124,6 +141,7 @@ def _check_run(config: Config) -> Iterator[str]:
         )
     yield from _check_deadlines(config)
     yield from _check_layout(learner.layout)
+    yield from _check_host(config.cluster)
 
 
 def _check_generation(config: GenerateConfig) -> Iterator[str]:
@@ -138,6 +156,8 @@ def _check_generation(config: GenerateConfig) -> Iterator[str]:
             yield f"data.{name} is for training; here every record of data is taken once, leave it out"
     yield from _check_built_in(config)
     yield from _check_url(config.engine.url)
+    if config.engine.api_key_file is not None and config.engine.url is None:
+        yield "engine.api_key_file is the key of the server at engine.url; give that too, or leave it out"
 
 
 def _check_built_in(config: AnyConfig) -> Iterator[str]:
@@ -152,10 +172,28 @@ def _check_url(url: str | None) -> Iterator[str]:
         yield f"engine.url={url} is no http://host:port of a running SGLang server"
 
 
+def _check_host(cluster: ClusterConfig) -> Iterator[str]:
+    """Sockets that other machines reach need keys."""
+    try:
+        address = ipaddress.IPv4Address(cluster.host)
+    except ValueError:
+        yield f"cluster.host={cluster.host} is no IPv4 address of this machine, like 10.0.0.7"
+        return
+    if address.is_unspecified:
+        yield f"cluster.host={cluster.host} is where to bind, and no address to connect to; name one of this machine"
+    elif not address.is_loopback and cluster.keys_dir is None:
+        yield (
+            f"cluster.host={cluster.host} is open to other machines and needs cluster.keys_dir; make one with: "
+            "python launch/keys.py DIR"
+        )
+
+
 def _check_deadlines(config: Config) -> Iterator[str]:
     """A wait that contains another one must be the longer one."""
     for inner, outer in (
         ("engine.start_timeout_s", "cluster.start_timeout_s"),
+        ("engine.start_timeout_s", "actor.tree_timeout_s"),
+        ("eval.timeout_s", "actor.tree_timeout_s"),
         ("eval.timeout_s", "learner.batch_timeout_s"),
     ):
         waits = attrgetter(inner)(config), attrgetter(outer)(config)

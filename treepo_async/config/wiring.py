@@ -1,11 +1,14 @@
 """What the driver decides at run time and hands to every role: names, folders, addresses."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
 
 CONFIG_FILE = "config.yaml"
+"""In a run's folder."""
+ENGINE_KEY_FILE = "engine_key.yaml"
 """In a run's folder."""
 POLICY_FILE = "policy_version"
 """In the folder of a trained model: which one it is."""
@@ -30,11 +33,28 @@ class Wiring:
     """Least lineage of the weights of this run; those below it were used before."""
     resume_step: int | None = None
     """Policy step of the checkpoint that this run goes on from; None for a fresh run."""
+    keys_dir: str | None = None
+    """Folder of the CURVE keys; see `wire.keys`."""
 
     @property
     def config_file(self) -> Path:
         """The resolved config of the run."""
         return Path(self.run_dir) / CONFIG_FILE
+
+    @property
+    def config_digest(self) -> str:
+        """By which replay sees that a peer was given the same config."""
+        return digest_of(self.config_file)
+
+    @property
+    def tokenizer_digest(self) -> str:
+        """By which replay sees that a peer has the same tokenizer; empty where the model has none."""
+        return digest_of(Path(self.model_dir) / "tokenizer.json")
+
+    @property
+    def engine_key_file(self) -> Path:
+        """Of the key that the engines of the run ask of their clients."""
+        return Path(self.run_dir) / ENGINE_KEY_FILE
 
     @property
     def weights_dir(self) -> Path:
@@ -54,3 +74,11 @@ class Wiring:
     def parse(cls, text: str) -> Self:
         """Read what `to_json` wrote."""
         return cls(**json.loads(text))
+
+
+def digest_of(file: Path) -> str:
+    """A short name for the content of a file; empty where there is none."""
+    try:
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    except FileNotFoundError:
+        return ""

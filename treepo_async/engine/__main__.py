@@ -12,20 +12,23 @@ from treepo_async.config.command_line import load
 from treepo_async.config.limits import gap_alarm
 from treepo_async.config.schema import Config
 from treepo_async.config.wiring import Wiring
+from treepo_async.engine.api_key import bearer, ensure_key
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.host import Host, HostRules
 from treepo_async.engine.server import Server, ServerOptions, options_of
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.metrics.role import run_role
 from treepo_async.weights.store import WeightStore
+from treepo_async.wire.keys import server_keys
 
 
 async def main(wiring: Wiring) -> None:
     """Run the host until the driver ends it."""
     config = load(wiring.config_file)
-    async with aiohttp.ClientSession() as session:
+    key = ensure_key(wiring.engine_key_file)
+    async with aiohttp.ClientSession(headers=bearer(key)) as session:
         server = Server(_server_options(config, wiring), session)
-        keeper = GateKeeper(wiring.gate_endpoint)
+        keeper = GateKeeper(wiring.gate_endpoint, keys=server_keys(wiring.keys_dir))
         store = WeightStore(wiring.weights_dir, keep=config.replay.max_staleness + 3)
         host = Host(
             server=server,
@@ -51,6 +54,7 @@ def _server_options(config: Config, wiring: Wiring) -> ServerOptions:
         port=urlparse(wiring.engine_url).port or 0,
         log_file=Path(wiring.run_dir) / "logs" / f"sglang-{wiring.index}.log",
         updates_under_load=config.engine.update_mode != UpdateMode.DRAIN,
+        key_file=wiring.engine_key_file,
     )
 
 
@@ -66,6 +70,7 @@ def _host_rules(config: Config) -> HostRules:
         gap_alarm=gap_alarm(config),
         grows_trees=config.data.trees is None,
         dtype=config.model.dtype,
+        hang_timeout_s=config.engine.hang_timeout_s,
     )
 
 

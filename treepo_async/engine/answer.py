@@ -18,6 +18,10 @@ from treepo_async.tree.cut import Run
 from treepo_async.types import PolicyVersion
 
 
+class NotFiniteError(EngineError):
+    """Log-probs that are not finite: nothing that the engine says can be trusted."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What the engine returned for one request."""
@@ -91,6 +95,7 @@ def completion_of(
 
     Raises:
         EngineError: it was aborted by somebody else, or says what cannot be.
+        NotFiniteError: of log-probs that are not.
         LookupError, TypeError, ValueError: it has another form.
     """
     meta = answer["meta_info"]
@@ -102,7 +107,7 @@ def completion_of(
     rows = meta["output_token_logprobs"] if answer["output_ids"] else []
     logprobs = np.array([row[0] for row in rows], dtype=np.float32)
     if not np.isfinite(logprobs).all():
-        raise EngineError("SGLang gave log-probs that are not finite")
+        raise NotFiniteError("SGLang gave log-probs that are not finite")
     top = meta.get("output_top_logprobs")
     return Completion(
         run=Run(

@@ -5,6 +5,9 @@ the policy version in its cache namespace, so that a request submitted under new
 others. Waits: for the gate (see `gate`; also before an answer counts that names weights newer than those it was
 submitted under, as only an open gate says that they are proven) and for each answer (`request_timeout_s`; SGLang
 ends it, and a request that outlived it is tried again).
+
+A request whose connection was lost twice may be what the server dies of: its last attempt is made while this client has no
+other request in the engine, so that it takes no further one with it.
 """
 
 import asyncio
@@ -18,8 +21,15 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from treepo_async.engine.answer import Completion, Watch, completion_of, read_stream
+from treepo_async.engine.answer import (
+    Completion,
+    NotFiniteError,
+    Watch,
+    completion_of,
+    read_stream,
+)
 from treepo_async.engine.gate import EngineGate
+from treepo_async.engine.turns import Turns
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.tree.cut import Run
@@ -28,6 +38,8 @@ from treepo_async.types import PolicyVersion
 T = TypeVar("T")
 
 MAX_ATTEMPTS = 3
+MAX_LOST_TOGETHER = 2
+"""Connections that a request may lose beside others."""
 RETRY_S = 0.5
 ABORT_TIMEOUT_S = 5.0
 WARM_TOKENS = 128
@@ -74,6 +86,7 @@ class EngineClient:
         self._namespace, self._vocab_size = namespace, vocab_size
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_s)
         self._update_mode = update_mode
+        self._turns = Turns()
 
     async def extend(
         self,
@@ -85,6 +98,7 @@ class EngineClient:
         least_step: int = 0,
         is_cached: bool = True,
         watch: Watch | None = None,
+        arrived: dict[int, Completion] | None = None,
     ) -> list[Completion]:
         """Continue a prefix `num_runs` times, each on its own.
 
@@ -96,18 +110,23 @@ class EngineClient:
             least_step: oldest policy step that may sample.
             is_cached: whether the prefix is expected in the engine's cache already.
             watch: looks at each run while it is sampled, and may end it.
+            arrived: takes each run, by its number, as soon as it is back: what there is where the call is cancelled.
 
         Raises:
             EngineError: a token id outside the vocabulary, or no good answer in `MAX_ATTEMPTS`.
+            NotFiniteError: log-probs that are not, which is not tried again.
             DeadlineError: the gate stayed closed.
         """
         if num_runs > 1 and not is_cached:
             await self.warm(prefix, sampling=sampling, least_step=least_step)
         self._check(prefix)
-        return await all_of(
-            self._complete(prefix, max_new_tokens, sampling, least_step, watch)
-            for _ in range(num_runs)
-        )
+        back: dict[int, Completion] = {} if arrived is None else arrived
+
+        async def run(number: int) -> None:
+            back[number] = await self._complete(prefix, max_new_tokens, sampling, least_step, watch)
+
+        await all_of(run(number) for number in range(num_runs))
+        return [back[number] for number in range(num_runs)]
 
     async def warm(
         self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
@@ -141,17 +160,20 @@ class EngineClient:
         When the connection was lost, that is once the host has said that its server is there, so that the time
         until it is, or until there is another host, costs one attempt.
         """
+        num_lost = 0
         for attempt in range(1, MAX_ATTEMPTS + 1):
+            turn = self._turns.alone if num_lost >= MAX_LOST_TOGETHER else self._turns.shared
             try:
-                async with self._gate.passage(least_step) as version:
+                async with turn(), self._gate.passage(least_step) as version:
                     body = _body(prefix, max_new_tokens, sampling, watch)
                     completion = await self._request(body, version, watch)
                     await self._check_proven(completion.run, version)
                     return completion
-            except DeadlineError:
+            except (DeadlineError, NotFiniteError):
                 raise
             except (aiohttp.ClientError, EngineError, TimeoutError) as error:
                 if isinstance(error, aiohttp.ClientError):
+                    num_lost += 1
                     self._gate.doubt()
                 if attempt == MAX_ATTEMPTS:
                     raise EngineError(
@@ -210,13 +232,18 @@ class EngineClient:
 
 
 async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Results of coroutines run together; the first failure cancels the others and is raised itself."""
+    """Results of coroutines run together; the first failure cancels the others and is raised itself.
+
+    Each is cancelled once, so that what it does on its way out, as telling the engine, is not cut off.
+    """
     tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
     try:
         return await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
+            # `gather` has cancelled them if it was cancelled, and then waits for the first alone
+            if not task.cancelling():
+                task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 

@@ -11,10 +11,11 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 from treepo_async.errors import DeadlineError, WireError
 from treepo_async.types import PolicyVersion
+from treepo_async.wire.keys import ClientKeys
 from treepo_async.wire.messages import Drained, Evaluated, Gate, Join, Message
 from treepo_async.wire.sockets import Requester
 
@@ -39,7 +40,15 @@ class EngineGate(Protocol):
 class GateClient:
     """What one client knows of its host's gate. Use as an async context manager."""
 
-    def __init__(self, endpoint: str, *, name: str, evaluates: bool, timeout_s: float) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        name: str,
+        evaluates: bool,
+        timeout_s: float,
+        keys: ClientKeys | None = None,
+    ) -> None:
         """Prepare.
 
         Args:
@@ -47,10 +56,16 @@ class GateClient:
             name: of this client.
             evaluates: whether it will evaluate the versions marked for it.
             timeout_s: longest wait for an open gate.
+            keys: of the run; None on loopback without keys.
         """
         self.to_evaluate: asyncio.Queue[PolicyVersion] = asyncio.Queue()
         self._host = Requester(
-            endpoint, name=name, owner="engine host", on_gate=self._see, resend_s=RESEND_S
+            endpoint,
+            name=name,
+            owner="engine host",
+            keys=keys,
+            on_gate=self._see,
+            resend_s=RESEND_S,
         )
         self._join = Join(name=name, evaluates=evaluates)
         self._timeout_s = timeout_s
@@ -62,7 +77,7 @@ class GateClient:
         """Versions that went into `to_evaluate`."""
         self._evaluated: set[PolicyVersion] = set()
         self._beats: asyncio.Task[None] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: list[asyncio.Task[Any]] = []
 
     async def __aenter__(self) -> "GateClient":
         await self._host.__aenter__()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from treepo_async.errors import WireError
 from treepo_async.types import PolicyVersion
+from treepo_async.wire.keys import ServerKeys
 from treepo_async.wire.messages import (
     AnyMessage,
     Drained,
@@ -21,6 +22,7 @@ from treepo_async.wire.messages import (
     Nack,
     decode,
     numbered,
+    request_of,
     without_evaluation,
 )
 from treepo_async.wire.sockets import Router
@@ -42,9 +44,11 @@ class _Client:
 class GateKeeper:
     """Opens and closes the gate; `serve()` must run beside it."""
 
-    def __init__(self, endpoint: str, *, silent_s: float = SILENT_S) -> None:
+    def __init__(
+        self, endpoint: str, *, silent_s: float = SILENT_S, keys: ServerKeys | None = None
+    ) -> None:
         self._silent_s = silent_s
-        self._router = Router(endpoint, max_bytes=MAX_MESSAGE_BYTES)
+        self._router = Router(endpoint, max_bytes=MAX_MESSAGE_BYTES, keys=keys)
         self._gate = Gate(epoch=0, is_open=False, host=uuid.uuid4().hex)
         self._clients: dict[bytes, _Client] = {}
         self._changed = asyncio.Event()
@@ -58,7 +62,10 @@ class GateKeeper:
                 message = decode(frames[0])
             except WireError as error:
                 log.warning("refused a message: %s", error)
-                await self._router.send(peer, Nack(reason="invalid", detail=str(error)))
+                nack = Nack(
+                    request=request_of(frames[0]), reason="invalid", detail=str(error)[:500]
+                )
+                self._router.send_now(peer, nack)
                 continue
             await self._handle(peer, message)
 

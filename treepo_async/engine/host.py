@@ -8,9 +8,9 @@ their clients take no such answer until the gate opens (`GateClient.stands_by`).
 
 Waits, each with a deadline: for the server to start (`start_timeout_s`), for clients to drain (`drain_timeout_s`;
 what still runs then is aborted), for each call of an update (`update_timeout_s`), for an evaluation
-(`eval_timeout_s`). A publication that fails its checks never reaches the server; without a good one inside the
-staleness bound nobody could go on, so the host then ends with the reason. A server that dies, that fails in an
-update, or that answers the probe as other weights would, is started again from the last folder that passed, and the
+(`eval_timeout_s`), for a sign of life of a server that lets requests in (`hang_timeout_s`). A publication that fails its checks never reaches the server; without a good one inside the
+staleness bound nobody could go on, so the host then ends with the reason. A server that dies, hangs, fails in an
+update, or answers the probe as other weights would, is started again from the last folder that passed, and the
 publication is tried again. That also ends a pause: a server which failed in one may hold any weights, and must not
 go on with them.
 """
@@ -28,6 +28,7 @@ import numpy as np
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.server import Server
 from treepo_async.engine.update_mode import UpdateMode
+from treepo_async.engine.vitals import Vitals
 from treepo_async.errors import EngineError, WeightsError
 from treepo_async.metrics.events import emit
 from treepo_async.types import PolicyVersion
@@ -42,9 +43,6 @@ from treepo_async.weights.store import WeightStore
 
 LOOK_S = 0.05
 """How often the store is looked at."""
-SAMPLE_S = 0.25
-"""How often the server is asked whether it is idle."""
-SAMPLES_PER_EVENT = 4
 
 BASE_VERSION = PolicyVersion(0, 0)
 
@@ -66,6 +64,7 @@ class HostRules:
     update_timeout_s: float
     eval_timeout_s: float
     max_restarts: int
+    """Without new weights in between."""
     max_staleness: int
     gap_alarm: float
     """Largest probe difference that passes without an alarm, in nats."""
@@ -73,6 +72,8 @@ class HostRules:
     """False: only evaluations need this engine, so it passes over all other versions, and over refused ones."""
     dtype: str = "float32"
     """Of publications."""
+    hang_timeout_s: float = 60.0
+    """Without a sign of life a server is started again."""
 
     @property
     def gap_refused(self) -> float:
@@ -100,12 +101,16 @@ class Host:
     """Of the applied weights, as the server loaded them."""
     _base_checksum: str = ""
     _num_restarts: int = 0
+    """Since weights were last applied."""
+
+    def __post_init__(self) -> None:
+        self._vitals = Vitals(self.server, self.rules.hang_timeout_s)
 
     async def run(self) -> None:
         """Start the server and keep it and its weights current, for ever.
 
         Raises:
-            EngineError: the server did not start, or died or failed more than `max_restarts` times.
+            EngineError: the server did not start, or died, hung or failed more than `max_restarts` times.
             WeightsError: no publication inside the staleness bound can be used.
         """
         start_s = await self.server.start(
@@ -117,7 +122,7 @@ class Host:
             tasks.create_task(self.keeper.serve(), name="gate")
             await self._open(evaluate=self.evaluates and self.evaluates_base)
             emit("ready", url=self.server.url, start_s=start_s)
-            tasks.create_task(self._sample_idleness(), name="idleness")
+            tasks.create_task(self._vitals.watch(), name="vitals")
             tasks.create_task(self._follow_store(), name="weights")
 
     async def _follow_store(self) -> None:
@@ -140,6 +145,11 @@ class Host:
     async def _look_after_server(self) -> None:
         if not self.server.is_alive():
             await self._restart("SGLang died\n" + self.server.log_tail())
+        elif self._vitals.hangs():
+            await self._restart(
+                f"SGLang hangs: no sign of life for {self.rules.hang_timeout_s:g} s (engine.hang_timeout_s)\n"
+                + self.server.log_tail()
+            )
 
     async def _verified(
         self, version: PolicyVersion, expected: Mapping[str, TensorInfo]
@@ -186,7 +196,7 @@ class Host:
         except EngineError as error:
             await self._restart(f"applying {version} failed: {error}")
             return
-        self.applied = version
+        self.applied, self._num_restarts = version, 0
         await self._open(evaluate=manifest.evaluate and self.evaluates)
         done = time.monotonic()
         emit(
@@ -252,6 +262,7 @@ class Host:
     async def _restart(self, cause: str) -> None:
         """Start the server again with the last weights that passed, behind a closed gate."""
         held = self.applied if self.keeper.is_held() else None
+        self._vitals.end()
         await self.keeper.close()
         while True:
             self._num_restarts += 1
@@ -277,16 +288,5 @@ class Host:
             raise EngineError(f"{folder} gave other weights than before ({checksum})")
 
     async def _open(self, *, evaluate: bool) -> None:
+        self._vitals.begin()
         await self.keeper.open(self.applied, evaluate=evaluate, hold_s=self.rules.eval_timeout_s)
-
-    async def _sample_idleness(self) -> None:
-        """Tell the driver, once a second, in how many samples the server had nothing to do."""
-        while True:
-            answers = []
-            for _ in range(SAMPLES_PER_EVENT):
-                await asyncio.sleep(SAMPLE_S)
-                try:
-                    answers.append(await self.server.is_idle())
-                except EngineError as error:
-                    log.warning("no load report: %s", error)
-            emit("engine", num_samples=len(answers), num_idle=sum(answers))

@@ -41,6 +41,8 @@ class ServerOptions:
     log_file: Path
     updates_under_load: bool = False
     """Whether weights change while requests run or wait; see `command`."""
+    key_file: Path | None = None
+    """Of the key that it asks of its clients; see `api_key`. None: it asks for none."""
 
 
 def options_of(
@@ -50,6 +52,7 @@ def options_of(
     port: int,
     log_file: Path,
     updates_under_load: bool = False,
+    key_file: Path | None = None,
 ) -> ServerOptions:
     """What the config says of the server.
 
@@ -59,6 +62,7 @@ def options_of(
         port: to listen on.
         log_file: takes the server's output.
         updates_under_load: see `command`.
+        key_file: of the key that it asks of its clients.
     """
     engine = config.engine
     return ServerOptions(
@@ -70,6 +74,7 @@ def options_of(
         prefill_chunk_tokens=engine.prefill_chunk_tokens,
         log_file=log_file,
         updates_under_load=updates_under_load,
+        key_file=key_file,
     )
 
 
@@ -97,6 +102,8 @@ def command(
         "--weight-version": weight_version,
         "--log-level": "warning",
     }
+    if options.key_file is not None:
+        flags["--config"] = str(options.key_file)
     if options.max_total_tokens is not None:
         flags["--max-total-tokens"] = options.max_total_tokens
     switches = [
@@ -121,10 +128,21 @@ def command(
     return [*server_command(cuda), *pairs, *switches]
 
 
+def num_in_flight(loads: Sequence[Mapping[str, Any]]) -> int:
+    """Requests that run or wait."""
+    return sum(load["num_running_reqs"] + load["num_waiting_reqs"] for load in loads)
+
+
 class Server:
     """A running SGLang server. Start it from the main thread: it dies with the thread that started it."""
 
     def __init__(self, options: ServerOptions, session: aiohttp.ClientSession) -> None:
+        """Prepare.
+
+        Args:
+            options: what to start it with.
+            session: HTTP connections, with the key of `options.key_file` in their headers.
+        """
         self.options = options
         self.url = f"http://127.0.0.1:{options.port}"
         self._session = session
@@ -252,15 +270,22 @@ class Server:
         return [[row[0] for row in a["meta_info"]["input_token_logprobs"][1:]] for a in answers]
 
     async def is_idle(self) -> bool:
-        """Whether no request runs or waits, from SGLang's own counters (fresh within 0.1 s, 1.4 ms a call)."""
+        """Whether no request runs or waits."""
+        return num_in_flight(await self.loads()) == 0
+
+    async def loads(self) -> list[dict[str, Any]]:
+        """SGLang's own counters, one a rank (fresh within 0.1 s while it works, 1.4 ms a call).
+
+        They carry the time at which the scheduler wrote them: one that hangs leaves them as they were.
+        """
         url, timeout = f"{self.url}/v1/loads?include=core", aiohttp.ClientTimeout(total=2.0)
         try:
             async with self._session.get(url, timeout=timeout) as answer:
                 answer.raise_for_status()
-                loads = (await answer.json())["loads"]
-        except (aiohttp.ClientError, TimeoutError) as error:
+                loads: list[dict[str, Any]] = (await answer.json())["loads"]
+        except (aiohttp.ClientError, TimeoutError, LookupError, TypeError, ValueError) as error:
             raise EngineError(f"SGLang /v1/loads: {error!r}") from error
-        return all(load["num_running_reqs"] + load["num_waiting_reqs"] == 0 for load in loads)
+        return loads
 
     async def _freeze_gc(self) -> None:
         """Exempt what is loaded now from garbage collection, which a cache flush runs: 2 ms instead of 0.4 s.

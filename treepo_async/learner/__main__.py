@@ -13,7 +13,7 @@ from treepo_async.learner.rank import RankJob, run_rank
 from treepo_async.metrics.events import emit
 from treepo_async.metrics.role import run_blocking_role
 from treepo_async.process import free_ports
-from treepo_async.weights.checkpoints import CheckpointStore
+from treepo_async.weights.checkpoints import Checkpoint, CheckpointStore
 
 
 def main(wiring: Wiring) -> None:
@@ -36,13 +36,27 @@ def _work(config: Config, wiring: Wiring, layout: Layout) -> Work:
         wiring=wiring,
         layout=layout,
         address=f"127.0.0.1:{port}",
-        checkpoint=checkpoints.newest(_passed_over),
+        checkpoint=newest_whole(checkpoints),
     )
     return partial(run_rank, job)
 
 
-def _passed_over(error: WeightsError) -> None:
-    emit("alarm", alarm="checkpoint passed over", detail=str(error))
+def newest_whole(checkpoints: CheckpointStore) -> Checkpoint | None:
+    """Where to go on from; None where there is no checkpoint at all.
+
+    Raises:
+        WeightsError: there are some and none is whole: replay may have forgotten the trees that led to them.
+    """
+    damaged: list[WeightsError] = []
+    newest = checkpoints.newest(damaged.append)
+    if newest is None and damaged:
+        raise WeightsError(
+            f"no checkpoint in {checkpoints.folder} is whole: {damaged[0]}; bring one back from a copy, or begin "
+            "another run"
+        )
+    for error in damaged:
+        emit("alarm", alarm="checkpoint passed over", detail=str(error))
+    return newest
 
 
 if __name__ == "__main__":

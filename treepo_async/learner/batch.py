@@ -68,7 +68,11 @@ class BatchTrainer:
         self._team, self._rules = team, rules
 
     def train(self, trees: Sequence[Tree], *, version: PolicyVersion) -> StepResult:
-        """Make the updates of a batch.
+        """`updates`, as one result."""
+        return merge(self.updates(trees, version=version))
+
+    def updates(self, trees: Sequence[Tree], *, version: PolicyVersion) -> list[StepResult]:
+        """Make the updates of a batch. Gives what each did.
 
         Args:
             trees: the batch.
@@ -80,7 +84,7 @@ class BatchTrainer:
         if batch.proximal is None:
             # the weights have moved since the version was published: what differs is no error of the engine
             results[1:] = [_without_gap(result) for result in results[1:]]
-        return merge(results)
+        return results
 
     def _prepare(self, trees: Sequence[Tree], version: PolicyVersion) -> Share:
         """All trees with what is known of the whole batch; its weights are not those of any update."""

@@ -4,7 +4,8 @@ Invariants: tensors travel under Hugging Face's names, gathered and cut by the s
 says nothing of the layout that wrote it; they are float32 whatever the model's dtype, for a bfloat16 model the master weights.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from treepo_async.weights.checkpoints import (
     TrainingState,
     file_of,
 )
-from treepo_async.weights.store import Apart, at_once
+from treepo_async.weights.store import Apart, NamedTensor, at_once
 
 
 class Trained(Protocol):
@@ -42,6 +43,7 @@ def save(
     *,
     layout: str,
     probe_sequences: Sequence[Int32],
+    ancestry: Mapping[int, int] | None = None,
     apart: Apart = at_once,
 ) -> Path:
     """Write a checkpoint of the current weights and optimizer. Gives its folder.
@@ -52,7 +54,11 @@ def save(
         version: of the weights.
         layout: of the learner, for the record.
         probe_sequences: [T] each, with which a publication of these weights will be proven.
+        ancestry: see `Ancestry.equal`.
         apart: see `CheckpointStore.save`.
+
+    Raises:
+        WeightsError: it cannot be written. The other ranks have gathered all they were asked for even then.
     """
     state = TrainingState(
         version=str(version),
@@ -60,11 +66,21 @@ def save(
         layout=layout,
         rng=torch.get_rng_state().numpy().tobytes().hex(),
         probe_token_ids=[ids.tolist() for ids in probe_sequences],
+        ancestry={str(lineage): step for lineage, step in (ancestry or {}).items()},
     )
-    kinds = (
-        (kind, named_tensors(policy.export(kind), torch.float32)) for kind in (WEIGHTS, *MOMENTS)
-    )
-    return store.save(state, kinds, apart=apart)
+    with closing(_exported(policy)) as kinds:
+        return store.save(state, kinds, apart=apart)
+
+
+def _exported(policy: Trained) -> Generator[tuple[str, Iterator[NamedTensor]], None, None]:
+    """(kind, its tensors), each gathered to the end: the other ranks do, whether it can be written or not."""
+    for kind in (WEIGHTS, *MOMENTS):
+        tensors = named_tensors(policy.export(kind), torch.float32)
+        try:
+            yield kind, tensors
+        finally:
+            for _ in tensors:
+                pass
 
 
 def load(learner: Learner, checkpoint: Checkpoint) -> None:

@@ -5,6 +5,7 @@ Neighbours: the worker opens them once per process before `build.build_learner`.
 Invariant: every group has an explicit timeout, so a rank that waits for a dead one fails instead of hanging.
 """
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -18,6 +19,9 @@ from treepo_async.config.layout import Layout
 from treepo_async.learner.mcore import parallel_state, tensor_parallel
 
 Item = TypeVar("Item")
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Of the tensors that travel between stages, by name."""
 
 
 def open_groups(
@@ -120,18 +124,30 @@ def to_first_stage(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str,
 
 def _send(tensors: Iterator[tuple[str, Tensor]], group: Any) -> None:
     for name, tensor in tensors:
-        dist.send_object_list([(name, tensor.shape, tensor.dtype)], group=group, group_dst=0)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        _send_words([name, list(tensor.shape), dtype], group)
         dist.send(tensor, group=group, group_dst=0)
-    dist.send_object_list([None], group=group, group_dst=0)
+    _send_words(None, group)
 
 
 def _receive(stage: int, group: Any) -> Iterator[tuple[str, Tensor]]:
-    header: list[Any] = [None]
-    while True:
-        dist.recv_object_list(header, group=group, group_src=stage)
-        if header[0] is None:
-            return
-        name, size, dtype = header[0]
-        tensor = torch.empty(size, dtype=dtype, device=device())
+    while (header := _receive_words(stage, group)) is not None:
+        name, size, dtype = header
+        tensor = torch.empty(size, dtype=_DTYPES[dtype], device=device())
         dist.recv(tensor, group=group, group_src=stage)
         yield name, tensor
+
+
+def _send_words(words: Any, group: Any) -> None:
+    """As JSON: torch's own way for objects would have the other end unpickle what it gets."""
+    text = torch.tensor(list(json.dumps(words).encode()), dtype=torch.uint8, device=device())
+    dist.send(torch.tensor([len(text)], device=device()), group=group, group_dst=0)
+    dist.send(text, group=group, group_dst=0)
+
+
+def _receive_words(stage: int, group: Any) -> Any:
+    size = torch.zeros(1, dtype=torch.int64, device=device())
+    dist.recv(size, group=group, group_src=stage)
+    text = torch.empty(int(size), dtype=torch.uint8, device=device())
+    dist.recv(text, group=group, group_src=stage)
+    return json.loads(bytes(text.tolist()))

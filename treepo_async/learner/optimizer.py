@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch._dynamo  # torch's AdamW imports it when it is made: once here, not again in every rank that is forked
 from torch import Tensor, nn
 
 from treepo_async.learner.mcore import (

@@ -1,18 +1,27 @@
-"""From the learner's parameters to a publication, with a probe that proves what an engine has loaded."""
+"""From the learner's parameters to a publication, with a probe that proves what an engine has loaded.
 
-from collections.abc import Iterable, Iterator, Sequence
+Waits: where a publication cannot be written, as on a full disk, for whoever makes room (a person; `timeout_s`).
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from treepo_async.errors import WeightsError
+from treepo_async.metrics.events import emit
 from treepo_async.types import Float32, Int32, PolicyVersion, Trajectory, Tree
 from treepo_async.weights.manifest import Probe, TensorInfo
 from treepo_async.weights.store import Apart, NamedTensor, WeightStore, at_once
 
 PROBE_SEQUENCES = 4
 PROBE_TOKENS = 256
+ROOM_S = 1.0
+"""Between two attempts to write."""
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -65,6 +74,34 @@ def publish(
         evaluate=evaluate,
         apart=apart,
     )
+
+
+def when_there_is_room(
+    publishing: Callable[[], Path], *, timeout_s: float, apart: Apart = at_once
+) -> Path:
+    """Publish as soon as the disk takes it. Gives the folder.
+
+    Args:
+        publishing: `publish`; an attempt that failed leaves nothing.
+        timeout_s: how long the disk may refuse.
+        apart: how to wait.
+
+    Raises:
+        WeightsError: it did so all the time.
+    """
+    deadline = time.monotonic() + timeout_s
+    is_told = False
+    while True:
+        try:
+            return publishing()
+        except OSError as error:
+            reason = f"the weights cannot be published: {error}"
+            if time.monotonic() > deadline:
+                raise WeightsError(f"{reason}; make room there, then go on with the run") from error
+            if not is_told:
+                emit("alarm", alarm="a publication waits for room on disk", detail=reason)
+            is_told = True
+            apart(partial(time.sleep, ROOM_S))
 
 
 def probe_sequences(trees: Sequence[Tree]) -> list[Int32]:

@@ -15,7 +15,7 @@ from treepo_async.config.limits import (
     needs_bounds,
     needs_proximal,
 )
-from treepo_async.config.schema import Config
+from treepo_async.config.schema import Config, LearnerConfig
 from treepo_async.config.wiring import POLICY_FILE, Wiring
 from treepo_async.errors import DataError
 from treepo_async.learner.attention.plan import resolve
@@ -27,15 +27,18 @@ from treepo_async.learner.groups import close_groups, open_groups
 from treepo_async.learner.loss.settings import loss_settings
 from treepo_async.learner.optimizer import OptimizerSettings
 from treepo_async.learner.packing.cost import CostModel
+from treepo_async.learner.start import Start
 from treepo_async.learner.step import Learner
 from treepo_async.learner.team import Team
-from treepo_async.learner.worker import Start, Worker, WorkerRules
+from treepo_async.learner.worker import Worker, WorkerRules
 from treepo_async.metrics.events import emit
 from treepo_async.weights.checkpoints import Checkpoint, CheckpointStore
 from treepo_async.weights.export import copy_companions, write_folder
+from treepo_async.weights.lineages import Lineages
 from treepo_async.weights.manifest import WEIGHTS_FILE
 from treepo_async.weights.store import WeightStore
-from treepo_async.wire.messages import Hello
+from treepo_async.wire.hello import hello_of
+from treepo_async.wire.keys import client_keys
 from treepo_async.wire.sockets import BlockingRequester
 
 RESEND_S = 4.0
@@ -71,7 +74,7 @@ def run_rank(job: RankJob, rank: int) -> None:
     )
     emit("rank", rank=rank, pid=os.getpid())
     control = Control(timeout_s=settings.group_timeout_s)
-    learner = _learner(job)
+    learner = learner_of(job)
     if job.checkpoint is not None:
         load_checkpoint(learner, job.checkpoint)
     team = Team(learner, control)
@@ -87,11 +90,16 @@ def _lead(job: RankJob, team: Team) -> None:
     """Rank 0's part: the loop with replay, and what it leaves behind."""
     wiring = job.wiring
     replay = BlockingRequester(
-        wiring.replay_endpoint, name=wiring.role, owner="replay", resend_s=RESEND_S
+        wiring.replay_endpoint,
+        name=wiring.role,
+        owner="replay",
+        hello=hello_of(wiring),
+        keys=client_keys(wiring.keys_dir, wiring.role),
+        resend_s=RESEND_S,
     )
     try:
         replay.ask(
-            Hello(name=wiring.role, run_id=wiring.run_id),
+            hello_of(wiring),
             timeout_s=job.config.cluster.start_timeout_s,
             wait="replay to come up",
             on_resend=team.wait,
@@ -100,6 +108,7 @@ def _lead(job: RankJob, team: Team) -> None:
             wiring.weights_dir,
             keep=job.config.replay.max_staleness + 3,
             keep_marked=0 if job.config.data.trees is None else KEPT_TO_EVALUATE,
+            unremoved=partial(_tell_unremoved, "publication"),
         )
         worker = _worker(job, team, replay, weights)
         emit("ready")
@@ -118,18 +127,12 @@ def _check_steps(num_steps: int, wanted: int) -> None:
         emit("alarm", alarm="the data has ended", steps=num_steps, wanted=wanted)
 
 
-def _learner(job: RankJob) -> Learner:
+def learner_of(job: RankJob) -> Learner:
+    """This rank's share of the learner that the config describes, with the initial model; groups are open."""
     settings = job.config.learner
     learner = build_learner(
         Path(job.wiring.model_dir),
-        optimizer=OptimizerSettings(
-            learning_rate=settings.lr,
-            warmup_steps=settings.warmup_steps * settings.minibatches,
-            weight_decay=settings.weight_decay,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            max_grad_norm=settings.clip_grad,
-        ),
+        optimizer=optimizer_settings(settings),
         loss=loss_settings(job.config),
         microbatch_tokens=settings.microbatch_tokens,
         seed=job.config.seed,
@@ -149,28 +152,48 @@ def _learner(job: RankJob) -> Learner:
     return learner
 
 
+def optimizer_settings(settings: LearnerConfig) -> OptimizerSettings:
+    """What the config says of an update."""
+    return OptimizerSettings(
+        learning_rate=settings.lr,
+        warmup_steps=settings.warmup_steps * settings.minibatches,
+        weight_decay=settings.weight_decay,
+        beta1=settings.beta1,
+        beta2=settings.beta2,
+        max_grad_norm=settings.clip_grad,
+    )
+
+
 def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: WeightStore) -> Worker:
     config, settings = job.config, job.config.learner
     checkpoints = CheckpointStore(
-        job.wiring.checkpoints_dir, keep=config.checkpoint.keep, unremoved=_tell_unremoved
+        job.wiring.checkpoints_dir,
+        keep=config.checkpoint.keep,
+        unremoved=partial(_tell_unremoved, "checkpoint"),
     )
+    lineages = Lineages(job.wiring.checkpoints_dir)
+    start = Start.of(
+        job.checkpoint.state if job.checkpoint else None,
+        published=weights.versions(),
+        saved=checkpoints.versions(),
+        origins=lineages.origins(),
+        lineage=job.wiring.lineage,
+    )
+    lineages.begin(start.version.lineage, start.origin)
     return Worker(
         team,
         replay,
         weights,
         checkpoints,
         config_file=Path(job.wiring.model_dir) / "config.json",
-        start=Start.of(
-            job.checkpoint.state if job.checkpoint else None,
-            published=weights.versions(),
-            saved=checkpoints.versions(),
-            lineage=job.wiring.lineage,
-        ),
+        start=start,
         rules=WorkerRules(
             num_steps=config.steps,
             batch=batch_rules(config),
+            optimizer=optimizer_settings(settings),
             eval_every=config.eval.every,
             save_every=config.checkpoint.every,
+            max_staleness=config.replay.max_staleness,
             batch_timeout_s=settings.batch_timeout_s,
             reply_timeout_s=config.cluster.start_timeout_s,
             gap_alarm=gap_alarm(config),
@@ -213,5 +236,5 @@ def _save_model(wiring: Wiring, weights: WeightStore, dtype: str) -> Path:
     return folder
 
 
-def _tell_unremoved(error: OSError) -> None:
-    emit("alarm", alarm="an old checkpoint is not removed", detail=str(error))
+def _tell_unremoved(kind: str, error: OSError) -> None:
+    emit("alarm", alarm=f"an old {kind} is not removed", detail=str(error))

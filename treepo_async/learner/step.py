@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from treepo_async import chaos
 from treepo_async.learner.groups import add_up, device, share_out, sum_stages
 from treepo_async.learner.loss.objective import SUMS, Objective
 from treepo_async.learner.loss.result import StepResult, loss_of, result_of
@@ -115,9 +116,11 @@ class Learner:
             loss, sums, gap_max = self.objective(edges, logprobs, entropy, share.bounds)
             return loss, (sums, gap_max)
 
-        kept = self._run(self.model, self._lay_out(share), len(share.microbatches), place, minimise)
+        batches = self._to_train(share)
+        kept = self._run(self.model, batches, len(share.microbatches), place, minimise)
         sums, gap_max = _reduce(kept)
         finite_loss = math.isfinite(loss_of(sums))
+        chaos.point("learner.before_optimizer")
         grad_norm, skipped = self.optimizer.update(finite_loss=finite_loss)
         return result_of(
             sums,
@@ -197,6 +200,11 @@ class Learner:
 
     def _tensor_of(self, kind: str) -> TensorOf:
         return master if kind == WEIGHTS else self.optimizer.moment(kind)
+
+    def _to_train(self, share: Share) -> Iterator[PackedBatch]:
+        for batch in self._lay_out(share):
+            chaos.point("learner.forward")
+            yield batch
 
     def _lay_out(self, share: Share) -> Iterator[PackedBatch]:
         """One microbatch at a time, as it is wanted: a batch may be large."""

@@ -1,49 +1,53 @@
-"""The loop of the learner's rank 0: batch -> updates -> publication -> checkpoint.
+"""The loop of the learner's rank 0: batch -> updates -> result -> publication -> checkpoint.
 
-Waits: for a batch (actors and replay end the wait; replay says every few seconds what is missing; the deadline is
-`batch_timeout_s`), for replay's answers (`reply_timeout_s`; a replay that is started again is asked again). While it
-waits it tells the other ranks so. Every step makes a new policy version, also when its update was skipped, so that
+    AskBatch(s)    replay notes that the batch of step s is taken, and by which lineage, then gives it out
+    updates
+    Trained(s)     replay notes the digest of the result, before anybody can see the weights
+    publication
+    Published      engines may sample under policy step s + 1
+    checkpoint
+    Retired        replay forgets the trees of steps that every kept checkpoint covers
+
+Waits: for a batch (see `supply`), for replay's answers (`reply_timeout_s`; a replay that is started again is asked again, and
+one whose disk is full for as long as it says so: a person makes room).
+While it waits it tells the other ranks so. Every step makes a new policy version, also when its update was skipped, so that
 versions and steps stay in line.
 
-A learner that goes back to a checkpoint works under a new lineage. Replay gives it the batches since then once more,
-in the same order; what had been published of them is not published again.
+A learner may be killed between any two of these. It goes back to its newest checkpoint under a new lineage, is given the
+batches since then once more, in the same order, and makes the same weights of them; what had been published of them is not
+published again. A checkpoint that cannot be written is told of and tried again `save_every` steps later: what is lost
+meanwhile is time, not steps. Only where the last one of the run fails, the run does.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 
-from treepo_async.errors import DeadlineError, TreepoError, WireError
+from treepo_async import chaos
+from treepo_async.errors import DeadlineError, TreepoError, WeightsError
 from treepo_async.learner import checkpoint
 from treepo_async.learner.batch import BatchRules, BatchTrainer
 from treepo_async.learner.batch import Team as BatchTeam
-from treepo_async.learner.loss.result import StepResult
-from treepo_async.learner.publish import probe_sequences, publish
+from treepo_async.learner.digest import digest_of
+from treepo_async.learner.loss.result import StepResult, merge
+from treepo_async.learner.optimizer import OptimizerSettings
+from treepo_async.learner.publish import probe_sequences, publish, when_there_is_room
+from treepo_async.learner.start import Start
 from treepo_async.learner.step import WEIGHTS
 from treepo_async.learner.summary import summarize
+from treepo_async.learner.supply import StepBatch, Supply
 from treepo_async.metrics.events import emit
 from treepo_async.metrics.ledger import TimeLedger
-from treepo_async.types import Float32, Int32, PolicyVersion, Tree
-from treepo_async.weights.checkpoints import CheckpointStore, TrainingState
+from treepo_async.types import Float32, Int32, PolicyVersion
+from treepo_async.weights.checkpoints import CheckpointStore
 from treepo_async.weights.store import WeightStore
-from treepo_async.wire.codec import decode_tree
-from treepo_async.wire.messages import (
-    AnyMessage,
-    AskBatch,
-    Batch,
-    Message,
-    NoBatch,
-    Published,
-    Retired,
-)
+from treepo_async.wire.messages import AnyMessage, Message, Published, Refusal, Retired, Trained
 from treepo_async.wire.sockets import BlockingRequester
 
-BATCH_WAIT_S = 5.0
 MAX_SKIPPED = 3
 """Steps in a row whose updates were all skipped before the run ends."""
 
@@ -71,9 +75,12 @@ class WorkerRules:
 
     num_steps: int
     batch: BatchRules
+    optimizer: OptimizerSettings
     eval_every: int
     save_every: int
     """Steps between checkpoints."""
+    max_staleness: int
+    """Steps between sampling and training of any segment."""
     batch_timeout_s: float
     reply_timeout_s: float
     """Longest wait for an answer of replay; one that was killed must be able to start within it."""
@@ -81,44 +88,6 @@ class WorkerRules:
     """Largest log-prob difference to the engine that passes without an alarm, in nats."""
     dtype: torch.dtype
     layout: str
-
-
-@dataclass(frozen=True, slots=True)
-class Start:
-    """Where the loop begins."""
-
-    version: PolicyVersion
-    """Of the weights it begins with."""
-    newest_published: int
-    """Policy step of the newest publication there is, -1 without any."""
-    probe_sequences: Sequence[Int32] = ()
-    """[T] each, where the weights come from a checkpoint."""
-
-    @classmethod
-    def of(
-        cls,
-        state: TrainingState | None,
-        *,
-        published: Sequence[PolicyVersion],
-        saved: Sequence[PolicyVersion],
-        lineage: int,
-    ) -> Self:
-        """After a checkpoint, or without one.
-
-        Args:
-            state: of the checkpoint that was loaded; None for the initial model.
-            published: all versions that engines may have.
-            saved: versions of all checkpoints, damaged ones too.
-            lineage: least one that may be used.
-        """
-        used = max((version.lineage for version in [*published, *saved]), default=-1)
-        step = 0 if state is None else state.policy_version.step
-        probe = [] if state is None else [np.array(ids, np.int32) for ids in state.probe_token_ids]
-        return cls(
-            PolicyVersion(max(lineage, used + 1), step),
-            newest_published=max((version.step for version in published), default=-1),
-            probe_sequences=probe,
-        )
 
 
 class Worker:
@@ -140,6 +109,14 @@ class Worker:
         self._weights, self._checkpoints = weights, checkpoints
         self._config_file, self._rules = config_file, rules
         self._version, self._start = start.version, start
+        self._ancestry = start.ancestry
+        self._supply = Supply(
+            self._ask,
+            team.wait,
+            start.ancestry,
+            max_staleness=rules.max_staleness,
+            batch_timeout_s=rules.batch_timeout_s,
+        )
         self._saved_step = start.version.step
         self._ledger = TimeLedger()
         self._num_skipped = 0
@@ -149,70 +126,89 @@ class Worker:
 
         Raises:
             DeadlineError: a batch did not come in time.
+            RefusedError: another learner has taken this one's place.
+            WeightsError: the last checkpoint cannot be written.
             TreepoError: in `MAX_SKIPPED` steps in a row no update was finite.
         """
-        if self._version.step > 0 and self._start.newest_published < 0:
-            # engines have the initial model only
-            self._publish(self._start.probe_sequences, evaluate=False)
+        self._begin()
         sequences = self._start.probe_sequences
         while self._version.step < self._rules.num_steps:
             with self._ledger("wait_batch"):
-                batch = self._next_batch(self._version.step)
+                batch = self._supply.next(self._version.step)
             if batch is None:
                 break
-            sequences = probe_sequences(batch[0])
-            self._step(*batch)
+            sequences = probe_sequences(batch.trees)
+            self._step(batch)
             if self._version.step % self._rules.save_every == 0:
-                self._save(sequences)
+                self._try_to_save(sequences)
         self._save(sequences)
         if self._version.step > 0 and self._version not in self._weights.versions():
             # the data ended before what had been published in an earlier lineage was reached again
             self._publish(sequences, evaluate=False)
         return self._version.step
 
-    def _step(self, trees: list[Tree], replay_ledger: dict[str, int]) -> None:
+    def _begin(self) -> None:
+        """Have engines and replay know the weights that were loaded."""
+        step = self._version.step
+        if step == 0:
+            return
+        if self._start.newest_published < 0:
+            # engines have the initial model only
+            self._publish(self._start.probe_sequences, evaluate=False)
+        self._tell_published(step, consumed_step=step - 1)
+
+    def _step(self, batch: StepBatch) -> None:
         trained_from, step = self._version, self._version.step
         with self._ledger("train"):
-            result = self._trainer.train(trees, version=trained_from)
-        self._check(result, step)
+            updates = self._trainer.updates(batch.trees, version=trained_from)
+            chaos.point("learner.after_optimizer")
+            digest = self._note(step, batch, updates)
+        result = merge(updates)
+        self._check(result, step, batch.lease_ids)
         self._version = PolicyVersion(trained_from.lineage, step + 1)
         with self._ledger("publish"):
             if self._version.step >= self._start.newest_published:
                 self._publish(
-                    probe_sequences(trees), evaluate=self._is_evaluated(self._version.step)
+                    probe_sequences(batch.trees), evaluate=self._is_evaluated(self._version.step)
                 )
-            self._ask(Published(step=self._version.step, consumed_step=step))
+                chaos.point("learner.after_publish")
+            self._tell_published(self._version.step, consumed_step=step)
         emit(
             "step",
             step=step,
             policy_step=self._version.step,
             lineage=self._version.lineage,
+            digest=digest,
+            max_staleness=self._rules.max_staleness,
             **asdict(result),
-            **summarize(trees, trained_from),
+            **summarize(batch.trees, trained_from),
             seconds=self._ledger.close(),
-            replay=replay_ledger,
+            replay=batch.ledger,
         )
 
-    def _next_batch(self, step: int) -> tuple[list[Tree], dict[str, int]] | None:
-        """The trees of a step, and how all leases stand; None when the data has ended."""
-        deadline = time.monotonic() + self._rules.batch_timeout_s
-        missing = "replay"
-        while time.monotonic() < deadline:
-            answer, frames = self._ask(AskBatch(step=step, wait_s=BATCH_WAIT_S))
-            if isinstance(answer, Batch):
-                return _split(frames, answer.frames_per_tree), answer.ledger
-            if not isinstance(answer, NoBatch):
-                raise WireError(f"AskBatch was answered by {type(answer).__name__}")
-            if answer.final:
-                return None
-            missing = answer.reason
-            self._team.wait()
-            emit("waiting", role="learner", wait=f"batch of step {step}", missing=missing)
-        wait = f"the batch of step {step} ({missing})"
-        raise DeadlineError(wait, "the actors", self._rules.batch_timeout_s)
+    def _note(self, step: int, batch: StepBatch, updates: Sequence[StepResult]) -> str:
+        """Have replay note the result of a step, and compare it with what earlier lineages had. Gives its digest."""
+        digest = digest_of(step, batch.lease_ids, updates, self._rules.optimizer)
+        self._ask(Trained(step=step, lineage=self._version.lineage, digest=digest))
+        chaos.point("learner.after_journal")
+        for lineage in self._ancestry.repeated(step, digest, batch.results):
+            emit(
+                "alarm",
+                alarm=f"step {step} done again has another result than in lineage {lineage}: a key, the layout or the "
+                "machine was changed; what was sampled since counts as sampled by other weights",
+                step=step,
+                lineage=lineage,
+            )
+        return digest
+
+    def _tell_published(self, step: int, *, consumed_step: int) -> None:
+        lineage = self._version.lineage
+        self._ask(Published(step=step, lineage=lineage, consumed_step=consumed_step))
 
     def _publish(self, sequences: Sequence[Int32], *, evaluate: bool) -> None:
-        publish(
+        apart = self._team.keep_waiting
+        publishing = partial(
+            publish,
             self._weights,
             self._team,
             self._version,
@@ -220,11 +216,24 @@ class Worker:
             dtype=self._rules.dtype,
             config_file=self._config_file,
             evaluate=evaluate,
-            apart=self._team.keep_waiting,
+            apart=apart,
         )
+        when_there_is_room(publishing, timeout_s=self._rules.reply_timeout_s, apart=apart)
+
+    def _try_to_save(self, sequences: Sequence[Int32]) -> None:
+        """`_save`, where a later checkpoint can make up for this one."""
+        try:
+            self._save(sequences)
+        except WeightsError as error:
+            emit(
+                "alarm",
+                alarm="a checkpoint is left out, the run goes on",
+                step=self._version.step,
+                detail=str(error),
+            )
 
     def _save(self, sequences: Sequence[Int32]) -> None:
-        """Make a checkpoint, unless there is one of this step; replay may then forget what it covers."""
+        """Make a checkpoint, unless there is one of this step; replay may then forget what all that are kept cover."""
         if self._version.step == self._saved_step:
             return
         with self._ledger("save"):
@@ -234,25 +243,45 @@ class Worker:
                 self._version,
                 layout=self._rules.layout,
                 probe_sequences=sequences,
+                ancestry=self._ancestry.equal,
                 apart=self._team.keep_waiting,
             )
             self._saved_step = self._version.step
-            self._ask(Retired(step=self._version.step - 1))
+            self._retire()
         emit("saved", version=str(self._version))
+
+    def _retire(self) -> None:
+        covered = self._team.keep_waiting(self._checkpoints.covered_step)
+        if covered:
+            self._ask(Retired(step=covered - 1))
+            self._supply.retire(covered - 1)
 
     def _is_evaluated(self, step: int) -> bool:
         every = self._rules.eval_every
         return every > 0 and (step % every == 0 or step == self._rules.num_steps)
 
     def _ask(self, message: Message) -> tuple[AnyMessage, list[bytes]]:
-        return self._replay.ask(
-            message,
-            timeout_s=self._rules.reply_timeout_s,
-            wait=f"an answer to {type(message).__name__}",
-            on_resend=self._team.wait,
-        )
+        is_told = False
+        while True:
+            try:
+                return self._replay.ask(
+                    message,
+                    timeout_s=self._rules.reply_timeout_s,
+                    wait=f"an answer to {type(message).__name__}",
+                    on_resend=self._team.wait,
+                )
+            except DeadlineError as error:
+                if error.refusal != Refusal.DISK_FULL:
+                    raise
+                if not is_told:
+                    emit(
+                        "alarm",
+                        alarm="the learner waits for room on replay's disk",
+                        detail=str(error),
+                    )
+                is_told = True
 
-    def _check(self, result: StepResult, step: int) -> None:
+    def _check(self, result: StepResult, step: int, lease_ids: Sequence[str]) -> None:
         """Alarm a step whose numbers should not be, and end the run when updates keep failing."""
         # a step without tokens of the current version has a gap of NaN, which is above nothing
         if result.logprob_gap_max > self._rules.gap_alarm:
@@ -269,6 +298,7 @@ class Worker:
                 step=step,
                 skipped=result.num_skipped,
                 updates=result.num_updates,
+                leases=list(lease_ids),
             )
         is_idle = result.num_skipped == result.num_updates
         self._num_skipped = self._num_skipped + 1 if is_idle else 0
@@ -276,8 +306,3 @@ class Worker:
             raise TreepoError(
                 f"{MAX_SKIPPED} steps in a row had no update whose loss and gradient are finite; lower learner.lr"
             )
-
-
-def _split(frames: Sequence[bytes], frames_per_tree: int) -> list[Tree]:
-    starts = range(0, len(frames), frames_per_tree)
-    return [decode_tree(frames[i : i + frames_per_tree]) for i in starts]

@@ -13,7 +13,11 @@ _MARK = '{"event":'
 
 def emit(event: str, **fields: Any) -> None:
     """Write one event; numbers that are not finite become null."""
-    line = json.dumps({"event": event, **{key: _finite(value) for key, value in fields.items()}})
+    found = {"event": event, **fields}
+    try:
+        line = json.dumps(found, allow_nan=False)
+    except ValueError:
+        line = json.dumps(_finite(found))
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
 

@@ -16,6 +16,7 @@ STEP_NAMES = {
     "accuracy/train": "accuracy_mean",
     "staleness/mean": "staleness_mean",
     "staleness/max": "staleness_max",
+    "staleness/bound": "max_staleness",
     "tokens/unique": "num_unique_tokens",
     "tokens/offline": "offline_share",
     "tokens/response_mean": "response_tokens_mean",
@@ -77,6 +78,9 @@ TREE_SUMS = (
     "num_scored",
 )
 
+STALE = "stale"
+"""Outcome of a tree that was too old for its batch when it arrived."""
+
 
 class Recorder:
     """Collects events between two steps."""
@@ -90,6 +94,8 @@ class Recorder:
         """Count a tree that arrived in replay, trained or not."""
         for name in TREE_SUMS:
             self._trees[name] += event[name]
+        if event["outcome"] == STALE:
+            self._trees["stale_tokens"] += event["decoded_tokens"]
         self._outcomes[event["outcome"]] += 1
 
     def engine(self, event: Event) -> None:
@@ -125,6 +131,7 @@ class Recorder:
             "tokens/decoded": trees["decoded_tokens"],
             "tokens/delivered": trees["delivered_tokens"],
             "tokens/wasted": trees["wasted_tokens"],
+            "tokens/stale": trees["stale_tokens"],
             "tokens/decoded_per_delivered": _share(
                 trees["decoded_tokens"], trees["delivered_tokens"]
             ),

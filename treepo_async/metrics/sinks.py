@@ -1,7 +1,11 @@
-"""Where step records go: `metrics.jsonl` always, TensorBoard events beside it."""
+"""Where step records go: `metrics.jsonl` always, TensorBoard events beside it.
 
+A sink may raise OSError, as on a full disk; one within `SparedSink` does not, so that no run ends over a record.
+"""
+
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,15 +21,24 @@ class Sink(Protocol):
 
 
 class JsonlSink:
-    """One JSON object a line, flushed at once."""
+    """One JSON object a line, written at once; of one that cannot be written nothing is left."""
 
     def __init__(self, file: Path) -> None:
-        self._file = file.open("a", encoding="utf-8")
+        self._file = file.open("ab", buffering=0)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """See `Sink`."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        left = memoryview(json.dumps(record).encode() + b"\n")
+        num_written = 0
+        try:
+            while left:
+                taken = self._file.write(left)
+                left, num_written = left[taken:], num_written + taken
+        except OSError:
+            if num_written:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(self._file.tell() - num_written)
+            raise
 
     def close(self) -> None:
         """See `Sink`."""
@@ -58,3 +71,42 @@ class TensorBoardSink:
     def close(self) -> None:
         """See `Sink`."""
         self._writer.close()
+
+
+class SparedSink:
+    """A sink whose records are dropped where they cannot be written; the first of a series is told of."""
+
+    def __init__(self, sink: Sink, name: str, say: Callable[[str], None]) -> None:
+        """Guard a sink.
+
+        Args:
+            sink: which one.
+            name: of what it writes, for a person.
+            say: takes a line.
+        """
+        self._sink, self._name, self._say = sink, name, say
+        self.num_dropped = 0
+        self._is_told = False
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """See `Sink`."""
+        try:
+            self._sink.write(record)
+        except OSError as error:
+            self.num_dropped += 1
+            if not self._is_told:
+                self._say(
+                    f"ALARM {self._name} cannot be written: {error.strerror or error}; records are dropped until it can"
+                )
+            self._is_told = True
+        else:
+            self._is_told = False
+
+    def close(self) -> None:
+        """See `Sink`."""
+        try:
+            self._sink.close()
+        except OSError as error:
+            self._say(f"ALARM {self._name} cannot be closed: {error.strerror or error}")
+        if self.num_dropped:
+            self._say(f"{self._name} lacks {self.num_dropped} records")

@@ -1,13 +1,14 @@
 """`python -m treepo_async.replay WIRING`: the replay queue as a process.
 
-It may be killed at any time and started again with the same wiring: it goes on at its newest position, and has the
-trees that died with it grown again. Its first start in a resumed run goes on at the checkpoint's position. Where
-`data.trees` names a file, that feeds the queue in the place of actors.
+It may be killed at any time and started again with the same wiring: it goes on where it stood. Its first start in a
+resumed run gives out again the batches from the checkpoint's step on. Where `data.trees` names a file, that feeds the
+queue in the place of actors.
 """
 
 import asyncio
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,46 +20,72 @@ from treepo_async.data.source import EndOfData, open_source
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.metrics.events import emit
 from treepo_async.metrics.role import run_role
+from treepo_async.process import keep_freed_memory
+from treepo_async.replay.dead_letters import DeadLetters
 from treepo_async.replay.feed import TreeFeed
-from treepo_async.replay.position_files import PositionFiles
+from treepo_async.replay.group import Group
+from treepo_async.replay.peers import Peers
+from treepo_async.replay.quarantine import Quarantine
 from treepo_async.replay.queue import Queue
 from treepo_async.replay.rules import QueueRules
-from treepo_async.replay.server import ReplayServer
-from treepo_async.replay.spool import MemorySpool, Spool
+from treepo_async.replay.server import ReplayServer, ServerLimits
+from treepo_async.replay.store import Store
 from treepo_async.types import Prompt
+from treepo_async.wire.keys import server_keys
 from treepo_async.wire.sockets import Router
 from treepo_async.wire.tree_file import TreeFile
+
+LEASE_LIMIT_FACTOR = 2
+"""An actor closes its tree by itself long before its lease is taken back whatever it says."""
+MAX_QUARANTINED = 100
+"""Invalid trees of which something is kept."""
 
 
 async def main(wiring: Wiring) -> None:
     """Serve until the driver ends the process."""
+    keep_freed_memory()
     config = load(wiring.config_file)
-    model = json.loads((Path(wiring.model_dir) / "config.json").read_text())
-    positions = PositionFiles(
-        Path(wiring.run_dir) / "replay",
+    model_dir = Path(wiring.model_dir)
+    model = json.loads((model_dir / "config.json").read_text())
+    folder = Path(wiring.run_dir) / "replay"
+    store, state = Store.open(
+        folder,
         wiring.run_id,
-        kept_steps=config.checkpoint.every * config.checkpoint.keep,
+        resume_step=wiring.resume_step,
+        segment_bytes=config.replay.segment_bytes,
+        keeps_trees=config.replay.durability == "disk",
     )
-    queue = Queue.from_position(_queue_rules(config), positions.start(wiring.resume_step))
-    spool = MemorySpool()
-    feed = None if config.data.trees is None else _feed(config, model, queue, spool)
-    router = Router(wiring.replay_endpoint, max_bytes=config.replay.max_tree_bytes)
+    router = Router(
+        wiring.replay_endpoint,
+        max_bytes=config.replay.max_tree_bytes,
+        keys=server_keys(wiring.keys_dir),
+    )
     server = ReplayServer(
         router=router,
-        queue=queue,
-        spool=spool,
-        positions=positions,
-        prompt=_no_prompt if feed else _prompts(config, wiring, model),
-        run_id=wiring.run_id,
-        vocab_size=model["vocab_size"],
-        max_lost=config.replay.max_lost,
-        feed=feed,
+        queue=Queue.of(_queue_rules(config), state, now=time.monotonic()),
+        store=store,
+        peers=Peers(
+            run_id=wiring.run_id,
+            config_digest=wiring.config_digest,
+            tokenizer_digest=wiring.tokenizer_digest,
+        ),
+        prompt=_no_prompt if config.data.trees else _prompts(config, wiring, model),
+        limits=ServerLimits(
+            vocab_size=model["vocab_size"],
+            max_lost=config.replay.max_lost,
+            max_tree_bytes=config.replay.max_tree_bytes,
+            max_disk_bytes=config.replay.max_disk_bytes,
+        ),
+        dead_letters=DeadLetters(folder),
+        quarantine=Quarantine(folder / "quarantine", MAX_QUARANTINED),
+        make_feed=_feed_maker(config, model),
     )
     emit("ready")
     try:
         await server.run()
     finally:
         router.close()
+        store.close()
 
 
 def _prompts(config: Config, wiring: Wiring, model: dict[str, int]) -> Callable[[int], Prompt]:
@@ -77,15 +104,21 @@ def _no_prompt(_: int) -> Prompt:
     raise EndOfData("the trees come from a file")
 
 
-def _feed(config: Config, model: dict[str, int], queue: Queue, spool: Spool) -> TreeFeed:
-    assert config.data.trees is not None, "trains on a file"
-    return TreeFeed(
-        TreeFile(Path(config.data.trees), vocab_size=model["vocab_size"]),
-        epochs=config.data.epochs or 1,
-        max_tokens=model["max_position_embeddings"],
-        queue=queue,
-        spool=spool,
-    )
+def _feed_maker(config: Config, model: dict[str, int]) -> Callable[[Group], TreeFeed] | None:
+    if config.data.trees is None:
+        return None
+    trees = TreeFile(Path(config.data.trees), vocab_size=model["vocab_size"])
+
+    def make(group: Group) -> TreeFeed:
+        return TreeFeed(
+            trees,
+            epochs=config.data.epochs or 1,
+            max_tokens=model["max_position_embeddings"],
+            queue=group.queue,
+            keep=group.add,
+        )
+
+    return make
 
 
 def _queue_rules(config: Config) -> QueueRules:
@@ -98,6 +131,8 @@ def _queue_rules(config: Config) -> QueueRules:
         max_attempts=replay.max_attempts,
         drop_degenerate=replay.drop_degenerate,
         max_refills=replay.max_refills,
+        lease_limit_s=LEASE_LIMIT_FACTOR * config.actor.tree_timeout_s,
+        regrow=replay.stale_trees == "regrow",
     )
 
 

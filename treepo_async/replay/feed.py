@@ -5,20 +5,18 @@ here is stale: the trees were sampled by weights of no version of this run, they
 learner knows of their policy is their log-probs. Waits for nothing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
-
-import numpy as np
 
 from treepo_async.errors import DataError
 from treepo_async.replay.entry import Entry
 from treepo_async.replay.queue import Queue
-from treepo_async.replay.report import report_tree
-from treepo_async.replay.spool import Spool
-from treepo_async.tree.advantage import has_spread
+from treepo_async.replay.report import report_facts
+from treepo_async.replay.store import NewTree
 from treepo_async.types import NO_LINEAGE, PolicyVersion, Provenance, Tree
-from treepo_async.wire.codec import encode_tree
+from treepo_async.wire.codec import digest_of, encode_tree
+from treepo_async.wire.facts import facts_of
 
 ACTOR = "file"
 """In the place of an actor's name, in events."""
@@ -43,11 +41,12 @@ class TreeFeed:
     max_tokens: int
     """Of prompt and response: the model's positions."""
     queue: Queue
-    spool: Spool
+    keep: Callable[[NewTree], None]
+    """Takes an accepted tree."""
 
-    def fill(self, now: float) -> Iterator[tuple[str, str]]:
-        """Answer all leases there are. Gives those whose tree cannot be used or scored, with the reason."""
-        while self.queue.may_lease():
+    def fill(self, now: float, has_room: Callable[[], bool]) -> Iterator[tuple[str, str]]:
+        """Answer all leases there are, while there is room. Gives those whose tree cannot be used or scored, and why."""
+        while self.queue.may_lease() and has_room():
             entry = self.queue.lease(now)
             if entry.prompt_index >= self.epochs * len(self.trees):
                 self.queue.end_of_data(entry.lease_id)
@@ -66,18 +65,20 @@ class TreeFeed:
         index = entry.prompt_index % len(self.trees)
         tree = adopted(self.trees.tree(index), entry.lease_id)
         check_length(tree, self.max_tokens)
+        # what growing it cost was paid by somebody else
+        free = replace(tree, provenance=Provenance(entry.lease_id, ACTOR))
+        facts = facts_of(encode_tree(free), vocab_size=None)
         outcome = self.queue.accept(
             entry.lease_id,
             entry.attempt,
             oldest_step=None,
-            has_spread=has_spread(tree),
-            is_scored=bool(np.isfinite(tree.rewards_L).any()),
+            has_spread=facts.has_spread,
+            is_scored=facts.is_scored,
         )
         if outcome == "accepted":
-            self.spool.append(entry.lease_id, encode_tree(tree))
-        # what growing it cost was paid by somebody else
-        free = replace(tree, provenance=Provenance(entry.lease_id, ACTOR))
-        report_tree(free, outcome)
+            frames = encode_tree(tree)
+            self.keep(NewTree(entry.lease_id, entry.attempt, digest_of(frames), frames))
+        report_facts(facts, outcome)
         return outcome
 
 

@@ -5,17 +5,18 @@
                         `-> ended otherwise: only counted
 
 Nothing is lost and nothing counted twice: the live ones, the consumed ones and the counts add up to `next_index`.
-What has ended is counted, not kept, so memory does not grow with the run. `queue` decides what moves when.
+What has ended is counted, not kept, so memory does not grow with the run. `queue` decides what moves when; whatever
+changed since the last `take_touched` is remembered for whoever writes it down.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Self
 
-from treepo_async.replay.entry import Entry, State
-from treepo_async.replay.position import ConsumedBatch, QueuePosition
+from treepo_async.replay.entry import LIVE, Entry, Row, State
+from treepo_async.replay.state import QueueState
 
 
 @dataclass
@@ -27,41 +28,58 @@ class LeaseOrder:
     next_step: int = 0
     """Step whose batch is consumed next."""
     num_retired: int = 0
-    """Batches that a durable checkpoint covers."""
+    """Batches that every checkpoint covers."""
     live: dict[str, Entry] = field(default_factory=dict)
     """By lease id, in order."""
     consumed: dict[int, list[Entry]] = field(default_factory=dict)
     """Batches by step, from consumption until they are retired."""
     ended: Counter[State] = field(default_factory=Counter)
+    _touched: dict[int, Entry | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, position: QueuePosition) -> Self:
-        """The order of a position: its live entries wait, the others are in their batches."""
-        order = cls(position.next_index, position.next_step, position.num_retired)
-        order.live = {entry.lease_id: entry for entry in map(Entry, position.live)}
-        for batch in position.consumed:
-            state = State.TRAINED if batch.is_trained else State.CONSUMED
-            order.consumed[batch.step] = [Entry(index, state) for index in batch.prompts]
-        order.ended.update({State(state): number for state, number in position.ended.items()})
+    def of(cls, state: QueueState) -> Self:
+        """The order of a state."""
+        counts = state.counts
+        order = cls(counts.next_index, counts.next_step, counts.num_retired)
+        entries = [Entry.of(row) for row in state.rows]
+        order.live = {entry.lease_id: entry for entry in entries if entry.state in LIVE}
+        order.consumed = {step: [] for step in range(counts.num_retired, counts.next_step)}
+        for entry in entries:
+            if entry.step is not None:
+                order.consumed[entry.step].append(entry)
+        order.ended.update({State(name): number for name, number in counts.ended.items()})
         return order
+
+    def touch(self, *entries: Entry) -> None:
+        """They changed."""
+        self._touched.update({entry.prompt_index: entry for entry in entries})
+
+    def take_touched(self) -> tuple[tuple[Row, ...], tuple[int, ...]]:
+        """Rows of all entries that changed since the last call, and indexes that count as never leased."""
+        touched, self._touched = self._touched, {}
+        rows = tuple(entry.row() for entry in touched.values() if entry is not None)
+        return rows, tuple(index for index, entry in touched.items() if entry is None)
 
     def new(self) -> Entry:
         """A further entry, the last one."""
         entry = Entry(self.next_index)
         self.next_index += 1
         self.live[entry.lease_id] = entry
+        self.touch(entry)
         return entry
 
-    def end(self, entry: Entry, state: State) -> None:
+    def end(self, entry: Entry, state: State, reason: str) -> None:
         """A live entry leaves."""
-        entry.state = state
+        entry.state, entry.reason, entry.owner = state, reason, ""
         del self.live[entry.lease_id]
         self.ended[state] += 1
+        self.touch(entry)
 
     def forget_newest(self) -> None:
         """The newest entry, which is live, counts as never leased."""
         self.next_index -= 1
         del self.live[Entry(self.next_index).lease_id]
+        self._touched[self.next_index] = None
 
     def first(self, number: int) -> list[Entry]:
         """The first live entries, at most `number`."""
@@ -70,16 +88,20 @@ class LeaseOrder:
     def consume(self, number: int) -> list[Entry]:
         """The first live entries become the batch of the next step."""
         batch = self.consumed[self.next_step] = self.first(number)
-        self.next_step += 1
         for entry in batch:
-            entry.state = State.CONSUMED
+            entry.state, entry.step = State.CONSUMED, self.next_step
             del self.live[entry.lease_id]
+        self.next_step += 1
+        self.touch(*batch)
         return batch
 
     def retire(self, step: int) -> list[Entry]:
         """Count the batches up to and including `step` as trained for good. Gives their entries."""
         steps = [kept for kept in self.consumed if kept <= step]
         retired = [entry for kept in steps for entry in self.consumed.pop(kept)]
+        for entry in retired:
+            entry.state = State.TRAINED
+        self.touch(*retired)
         self.ended[State.TRAINED] += len(retired)
         self.num_retired += len(steps)
         return retired
@@ -92,14 +114,21 @@ class LeaseOrder:
         """
         steps = [kept for kept in self.consumed if kept >= step]
         returned = [entry for kept in steps for entry in self.consumed.pop(kept)]
-        lost = [entry for entry in returned if not has_tree(entry.lease_id)]
         for entry in returned:
-            entry.state = State.ACCEPTED
-        for entry in lost:
-            entry.state, entry.attempt = State.WAITING, 0
+            entry.state, entry.step = State.ACCEPTED, None
         self.live = {entry.lease_id: entry for entry in [*returned, *self.live.values()]}
-        self.next_step = step
-        return lost
+        self.next_step = min(step, self.next_step)
+        self.touch(*returned)
+        return self.reopen(entry for entry in returned if not has_tree(entry.lease_id))
+
+    def reopen(self, entries: Iterable[Entry]) -> list[Entry]:
+        """Live entries wait for an actor again, as if nobody had tried yet. Gives them."""
+        reopened = list(entries)
+        for entry in reopened:
+            entry.state, entry.uncounted, entry.failed = State.WAITING, entry.attempt, ()
+            entry.owner, entry.oldest_step = "", None
+        self.touch(*reopened)
+        return reopened
 
     def kept(self) -> Iterator[Entry]:
         """The entries that are not only counted, in order: consumed, then live."""
@@ -108,14 +137,3 @@ class LeaseOrder:
     def count(self) -> Counter[State]:
         """Number of entries in each state, of all prompts ever leased."""
         return Counter(entry.state for entry in self.kept()) + self.ended
-
-    def batches(self) -> tuple[ConsumedBatch, ...]:
-        """The consumed batches by prompt index."""
-        return tuple(
-            ConsumedBatch(
-                step,
-                tuple(entry.prompt_index for entry in entries),
-                is_trained=all(entry.state is State.TRAINED for entry in entries),
-            )
-            for step, entries in self.consumed.items()
-        )

@@ -4,7 +4,8 @@ Every prompt that is handed out is an entry, in the order of its first lease, an
 dropped (with a reason) or quarantined:
 
     waiting -> leased -> accepted -> consumed -> trained     kept until retired, then only counted
-       ^          |          `-> dropped (degenerate, ...), which makes room for a replacement at once
+       ^          |          |-> dropped (degenerate, ...), which makes room for a replacement at once
+       |          |          `-> waiting, when the tree turns out too old for its batch or is damaged on disk
        |          `-> waiting (its actor gave up or fell silent) ... -> quarantined after `max_attempts`
        `- consumed or trained, when the batch is asked for again and its trees are lost (`unconsume`)
 
@@ -15,15 +16,17 @@ ones is below
 
 A batch is the first `prompts_per_batch` live entries, once all of them are accepted, so an entry's place in the
 order decides the step it is trained in, and with it the least policy step its segments may come from. Consumed
-batches stay available until a durable checkpoint covers them: a learner that goes back to its last checkpoint gets
-the same trees in the same order. Where each entry is kept is `order`'s.
+batches stay available until every checkpoint covers them: a learner that goes back to one of them gets the same trees
+in the same order. Where each entry is kept is `order`'s.
 
-`position()` is all of this but attempts and deadlines; a queue made from it has every live entry waiting. Time comes
-in as an argument; nothing here waits.
+A prompt is quarantined after `max_attempts` failed leases of two actors, or of the only one there is; an actor that
+failed on a prompt gets it again only where there is no other. `take_changes()` is what must be written down before
+anybody is told; a queue made of the whole state goes on where the other stood. Time comes in as an argument; nothing
+here waits.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Self
@@ -31,8 +34,16 @@ from typing import Self
 from treepo_async.errors import RefusedError
 from treepo_async.replay.entry import Entry, State, prompt_index_of
 from treepo_async.replay.order import LeaseOrder
-from treepo_async.replay.position import QueuePosition
 from treepo_async.replay.rules import QueueRules
+from treepo_async.replay.state import Changes, Counts, QueueState
+from treepo_async.replay.steps import Steps
+
+UNHEARD_S = 5.0
+"""An actor that got a lease names it in a beat within this time."""
+RESTORED_UNHEARD_S = 1.0
+"""The same for a lease of an earlier process."""
+MIN_ACTORS = 2
+"""That failed on a prompt before it is quarantined, where there are as many."""
 
 
 @dataclass
@@ -49,76 +60,131 @@ class Queue:
     """Why leases failed, and entries were dropped or quarantined."""
     num_lost: int = 0
     """Prompts in a row that ended without a scored tree."""
+    actors: frozenset[str] = frozenset()
+    """Names of those that can be given leases."""
+    steps: Steps = field(default_factory=Steps)
+    """Of the learner."""
     _refills: int = 0
+    _counts: Counts = field(default_factory=Counts)
+    """As last taken."""
 
     @classmethod
-    def from_position(cls, rules: QueueRules, position: QueuePosition) -> Self:
-        """A queue that goes on where another one stood; its live entries wait for actors."""
-        return cls(
-            rules,
-            LeaseOrder.of(position),
-            published=position.published,
-            exhausted=position.exhausted,
-            reasons=Counter(position.reasons),
-            _refills=position.refills,
-        )
+    def of(cls, rules: QueueRules, state: QueueState, *, now: float) -> Self:
+        """A queue that goes on where another one stood; whoever held a lease has its time anew.
 
-    def position(self) -> QueuePosition:
-        """Where the queue stands."""
-        return QueuePosition(
-            next_index=self.order.next_index,
-            next_step=self.order.next_step,
-            published=self.published,
-            num_retired=self.order.num_retired,
-            refills=self._refills,
-            exhausted=self.exhausted,
-            live=tuple(entry.prompt_index for entry in self.order.live.values()),
-            consumed=self.order.batches(),
-            ended={str(state): number for state, number in self.order.ended.items()},
-            reasons=dict(self.reasons),
+        Where its rules let trees be less old than before, those that are too old for their batches wait for an actor.
+        """
+        counts = state.counts
+        queue = cls(
+            rules,
+            LeaseOrder.of(state),
+            published=counts.published,
+            exhausted=counts.exhausted,
+            reasons=Counter(counts.reasons),
+            num_lost=counts.num_lost,
+            steps=Steps.of(counts.lineages, state.steps),
+            _refills=counts.refills,
+            _counts=counts,
         )
+        for entry in queue.order.live.values():
+            queue._set_deadlines(entry, now)
+            # it was granted by an earlier process, so that its actor can name it next to at once
+            entry.granted = now - UNHEARD_S + RESTORED_UNHEARD_S
+        queue._reopen_stale(len(queue.order.live))
+        return queue
+
+    def state(self) -> QueueState:
+        """Where the queue stands."""
+        rows = tuple(entry.row() for entry in self.order.kept())
+        return QueueState(self._count(), rows, self.steps.rows())
+
+    def take_changes(self) -> Changes | None:
+        """What happened since the last call; None for nothing."""
+        rows, gone = self.order.take_touched()
+        steps = self.steps.take_touched()
+        counts, before = self._count(), self._counts
+        self._counts = counts
+        if not (rows or gone or steps) and counts == before:
+            return None
+        return Changes(counts, rows, gone, steps)
 
     # ---------------------------------------------------------------- leases
 
-    def may_lease(self) -> bool:
+    def may_lease(self, actor: str = "") -> bool:
         """Whether an actor can be given a prompt now, waiting or new."""
-        if self._first_waiting() is not None:
+        if self._first_waiting(actor) is not None:
             return True
         return not self.exhausted and len(self.order.live) < self._room()
 
-    def lease(self, now: float) -> Entry:
-        """Hand out the first waiting entry, else a new one; only after `may_lease()`."""
-        entry = self._first_waiting() or self.order.new()
-        entry.state = State.LEASED
+    def lease(self, now: float, actor: str = "") -> Entry:
+        """Hand out the first waiting entry, else a new one; only after `may_lease(actor)`."""
+        entry = self._first_waiting(actor) or self.order.new()
+        entry.state, entry.owner = State.LEASED, actor
         entry.attempt += 1
-        entry.deadline = now + self.rules.lease_timeout_s
+        self._set_deadlines(entry, now)
+        self.order.touch(entry)
         return entry
 
     def least_step(self, lease_id: str) -> int:
         """Oldest policy step that the entry's segments may come from."""
-        batches_before = list(self.order.live).index(lease_id) // self.rules.prompts_per_batch
-        return max(0, self.order.next_step + batches_before - self.rules.max_staleness)
+        return self._least_step_at(list(self.order.live).index(lease_id))
 
-    def beat(self, lease_ids: list[str], now: float) -> None:
-        """Their actor lives."""
-        for lease_id in lease_ids:
-            entry = self.order.live.get(lease_id)
-            if entry is not None and entry.state is State.LEASED:
+    def beat(self, actor: str, lease_ids: Collection[str], now: float) -> list[str]:
+        """An actor lives, and works on these leases. Gives those of them that are not its own any more.
+
+        A lease of its own that it does not name, and has had long enough to name, never reached it: another gets it.
+        """
+        named = [self.order.live.get(lease_id) for lease_id in lease_ids]
+        mine = {e.lease_id for e in named if e is not None and self._is_held(e, actor)}
+        for entry in [e for e in self.order.live.values() if self._is_held(e, actor)]:
+            if entry.lease_id in mine:
                 entry.deadline = now + self.rules.lease_timeout_s
+            elif now > entry.granted + UNHEARD_S:
+                self.hand_back(entry.lease_id, entry.attempt)
+        return sorted({*lease_ids} - mine)
 
     def expire(self, now: float) -> list[Entry]:
-        """Take back the leases whose actors have fallen silent."""
-        silent = [
-            e for e in self.order.live.values() if e.state is State.LEASED and e.deadline < now
-        ]
-        for entry in silent:
-            self._take_back(entry, "lease_expired")
-        return silent
+        """Take back the leases whose actors have fallen silent, or whose trees take too long."""
+        leased = [entry for entry in self.order.live.values() if entry.state is State.LEASED]
+        late = [entry for entry in leased if min(entry.deadline, entry.limit) < now]
+        for entry in late:
+            is_silent = entry.deadline < now
+            self._take_back(entry, "lease_expired" if is_silent else "lease_too_long")
+        return late
+
+    def postpone(self, seconds: float) -> None:
+        """For so long nothing could be taken: whoever holds a lease has as much more time."""
+        for entry in self.order.live.values():
+            if entry.state is State.LEASED:
+                entry.deadline += seconds
+                entry.limit += seconds
+
+    def release(self, actor: str) -> list[Entry]:
+        """Take back all leases of an actor that has ended. Gives their entries."""
+        held = [entry for entry in self.order.live.values() if self._is_held(entry, actor)]
+        for entry in held:
+            self._take_back(entry, "actor_ended")
+        return held
+
+    def leave(self, actor: str) -> None:
+        """An actor ends in order: others get its leases, and these attempts do not count."""
+        for entry in [e for e in self.order.live.values() if self._is_held(e, actor)]:
+            self.hand_back(entry.lease_id, entry.attempt)
 
     def is_leased(self, lease_id: str, attempt: int) -> bool:
         """Whether an actor works on this attempt."""
         entry = self.order.live.get(lease_id)
         return entry is not None and entry.state is State.LEASED and entry.attempt == attempt
+
+    def is_held(self, lease_id: str, actor: str) -> bool:
+        """Whether the lease is that actor's."""
+        entry = self.order.live.get(lease_id)
+        return entry is not None and self._is_held(entry, actor)
+
+    def is_open(self, lease_id: str) -> bool:
+        """Whether a tree of the lease is wanted."""
+        entry = self.order.live.get(lease_id)
+        return entry is not None and entry.state is not State.ACCEPTED
 
     def give_up(self, lease_id: str, attempt: int, reason: str) -> bool:
         """An actor failed on a lease; late words about an older attempt change nothing.
@@ -134,8 +200,9 @@ class Queue:
         """The lease did not reach its actor: another gets it, and the attempt does not count."""
         if self.is_leased(lease_id, attempt):
             entry = self.order.live[lease_id]
-            entry.state = State.WAITING
-            entry.attempt -= 1
+            entry.state, entry.owner = State.WAITING, ""
+            entry.uncounted += 1
+            self.order.touch(entry)
 
     # ---------------------------------------------------------------- trees
 
@@ -186,7 +253,8 @@ class Queue:
         if not has_spread and self.rules.drop_degenerate and self._refills < self.rules.max_refills:
             self._refills += 1
             return self._end(entry, State.DROPPED, "degenerate")
-        entry.state = State.ACCEPTED
+        entry.state, entry.owner, entry.oldest_step = State.ACCEPTED, "", oldest_step
+        self.order.touch(entry)
         return "accepted"
 
     def skip(self, lease_id: str, reason: str) -> None:
@@ -226,17 +294,37 @@ class Queue:
         first = self.order.first(size)
         if len(first) < size or any(e.state is not State.ACCEPTED for e in first):
             return None
+        if self._reopen_stale(size):
+            return None
         self._refills = 0
         return self.order.consume(size)
 
-    def publish(self, step: int, consumed_step: int) -> None:
-        """A publication is out: the batch behind it counts as trained. Again, or an older one, is harmless."""
-        for entry in self.order.consumed.get(consumed_step, []):
+    def end_step(self, step: int, lineage: int, digest: str) -> str | None:
+        """The update of a step is made. Gives the digest of an earlier lineage that differs, if there is one.
+
+        Raises:
+            RefusedError: the lineage was rolled back, or the step has no batch.
+        """
+        if step not in self.order.consumed:
+            raise RefusedError("wrong_step", f"step {step} has no batch", retry=False)
+        return self.steps.end(step, lineage, digest)
+
+    def publish(self, step: int, lineage: int, consumed_step: int) -> None:
+        """A publication is out: the batch behind it counts as trained. Again, or an older one, is harmless.
+
+        Raises:
+            RefusedError: the lineage was rolled back.
+        """
+        self.steps.meet(lineage, step)
+        batch = self.order.consumed.get(consumed_step, [])
+        for entry in batch:
             entry.state = State.TRAINED
+        self.order.touch(*batch)
         self.published = max(self.published, step)
 
     def retire(self, step: int) -> list[Entry]:
-        """A durable checkpoint covers all batches up to and including `step`. Gives what is not kept any more."""
+        """Every checkpoint covers all batches up to and including `step`. Gives what is not kept any more."""
+        self.steps.retire(step)
         return self.order.retire(step)
 
     def unconsume(self, step: int, has_tree: Callable[[str], bool]) -> list[Entry]:
@@ -250,7 +338,10 @@ class Queue:
             The entries whose trees must be grown again.
         """
         self._refills = 0
-        return self.order.unconsume(step, has_tree)
+        lost = self.order.unconsume(step, has_tree)
+        if lost:
+            self.reasons["batch_lost"] += len(lost)
+        return lost
 
     def missing(self) -> str:
         """What the next batch waits for, in words."""
@@ -277,12 +368,12 @@ class Queue:
 
     def check_integrity(self) -> None:
         """Assert what must hold between any two calls."""
-        self.position().check()
+        self.state().check()
         room = self._room()
         for place, entry in enumerate(self.order.live.values()):
             is_out = entry.state is State.LEASED
             assert not is_out or place < room, "admission bound"
-            assert is_out <= entry.attempt <= self.rules.max_attempts, "attempts"
+            assert is_out <= entry.tries <= entry.attempt, "attempts"
 
     # ---------------------------------------------------------------- inside
 
@@ -291,21 +382,75 @@ class Queue:
         until = min(self.published + self.rules.max_staleness + 1, self.rules.num_batches)
         return max(0, until - self.order.next_step) * self.rules.prompts_per_batch
 
-    def _first_waiting(self) -> Entry | None:
+    def _first_waiting(self, actor: str) -> Entry | None:
         admitted = islice(self.order.live.values(), self._room())
-        return next((e for e in admitted if e.state is State.WAITING), None)
+        return next(
+            (e for e in admitted if e.state is State.WAITING and self._suits(e, actor)), None
+        )
+
+    def _suits(self, entry: Entry, actor: str) -> bool:
+        """Whether an actor may try, which one that failed may only where all others have too."""
+        return actor not in entry.failed or self.actors <= {*entry.failed}
+
+    @staticmethod
+    def _is_held(entry: Entry, actor: str) -> bool:
+        return entry.state is State.LEASED and entry.owner == actor
+
+    def _set_deadlines(self, entry: Entry, now: float) -> None:
+        entry.granted = now
+        entry.deadline = now + self.rules.lease_timeout_s
+        entry.limit = now + self.rules.lease_limit_s
 
     def _take_back(self, entry: Entry, reason: str) -> bool:
         """Whether the prompt is lost, after its last attempt."""
         self.reasons[reason] += 1
-        if entry.attempt < self.rules.max_attempts:
+        entry.failed = tuple(sorted({*entry.failed, entry.owner}))
+        entry.owner = ""
+        self.order.touch(entry)
+        most = self.rules.max_attempts
+        is_shared = len(entry.failed) >= MIN_ACTORS or self.actors <= {*entry.failed}
+        if entry.tries < most or not (is_shared or entry.tries >= MIN_ACTORS * most):
             entry.state = State.WAITING
             return False
         self.num_lost += 1
         self._end(entry, State.QUARANTINED, "too_many_attempts")
         return True
 
+    def _least_step_at(self, place: int) -> int:
+        batches_before = place // self.rules.prompts_per_batch
+        return max(0, self.order.next_step + batches_before - self.rules.max_staleness)
+
+    def _reopen_stale(self, number: int) -> list[Entry]:
+        """Those of the first live entries whose trees are too old for their batches wait again.
+
+        Admission prevents it as long as the rules are the same.
+        """
+        stale = [
+            entry
+            for place, entry in enumerate(self.order.first(number))
+            if entry.state is State.ACCEPTED
+            and entry.oldest_step is not None
+            and entry.oldest_step < self._least_step_at(place)
+        ]
+        if stale:
+            self.reasons["stale_accepted"] += len(stale)
+        return self.order.reopen(stale)
+
+    def _count(self) -> Counts:
+        return Counts(
+            next_index=self.order.next_index,
+            next_step=self.order.next_step,
+            published=self.published,
+            num_retired=self.order.num_retired,
+            refills=self._refills,
+            exhausted=self.exhausted,
+            num_lost=self.num_lost,
+            lineages=dict(self.steps.lineages),
+            ended={str(state): number for state, number in self.order.ended.items()},
+            reasons={reason: number for reason, number in self.reasons.items() if number},
+        )
+
     def _end(self, entry: Entry, state: State, reason: str) -> str:
-        self.order.end(entry, state)
+        self.order.end(entry, state, reason)
         self.reasons[reason] += 1
         return reason

@@ -1,26 +1,25 @@
-"""What replay tells the driver of a tree."""
+"""What replay tells the driver: of each tree that came in, and how the queue stands."""
 
-import numpy as np
+from collections import Counter
 
 from treepo_async.metrics.events import emit
-from treepo_async.tree.path_weights import leaf_weights
-from treepo_async.types import Tree
+from treepo_async.replay.entry import State
+from treepo_async.replay.queue import Queue
+from treepo_async.wire.facts import TreeFacts
 
 
-def report_tree(tree: Tree, outcome: str) -> None:
+def report_facts(facts: TreeFacts, outcome: str) -> None:
     """Tell of every tree that came in: also those that are dropped cost tokens and have an accuracy."""
-    weights_L = leaf_weights(tree, "unbiased")[tree.is_whole_L]
-    known = tree.accuracies_L[np.isfinite(tree.accuracies_L)]
-    cost = tree.provenance
+    cost = facts.provenance
     emit(
         "tree",
         outcome=outcome,
         actor=cost.actor,
-        num_leaves=int(tree.is_whole_L.sum()),
-        accuracy_sum=float(known.sum()),
-        num_scored=len(known),
+        num_leaves=facts.num_leaves,
+        accuracy_sum=facts.accuracy_sum,
+        num_scored=facts.num_scored,
         decoded_tokens=cost.decoded_tokens,
-        delivered_tokens=tree.num_delivered_tokens,
+        delivered_tokens=facts.delivered_tokens,
         wasted_tokens=cost.wasted_tokens,
         cached_tokens=cost.cached_tokens,
         prefix_tokens=cost.prefix_tokens,
@@ -30,6 +29,23 @@ def report_tree(tree: Tree, outcome: str) -> None:
         num_fallbacks=cost.num_fallbacks,
         num_pruned=cost.num_pruned,
         saved_tokens=cost.saved_tokens,
-        weight_sum=float(weights_L.sum()),
-        weighted_tokens=float(weights_L @ tree.num_tokens_L[tree.is_whole_L]),
+        weight_sum=facts.weight_sum,
+        weighted_tokens=facts.weighted_tokens,
+    )
+
+
+def report_queue(queue: Queue, *, num_bytes: int) -> None:
+    """Tell how the queue stands: what the next batch waits for, and who holds how many leases."""
+    entries = queue.order.live.values()
+    leased = Counter(entry.owner for entry in entries if entry.state is State.LEASED)
+    emit(
+        "queue",
+        next_step=queue.order.next_step,
+        published=queue.published,
+        missing=queue.missing(),
+        leases=dict(sorted(leased.items())),
+        accepted=sum(entry.state is State.ACCEPTED for entry in entries),
+        waiting=sum(entry.state is State.WAITING for entry in entries),
+        actors=sorted(queue.actors),
+        bytes=num_bytes,
     )

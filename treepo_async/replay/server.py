@@ -1,71 +1,86 @@
 """Replay as a process: one loop around the pure queue.
 
-Waits: for messages from actors and the learner. A lease or a batch that is not there yet is waited for on behalf
-of the asker, who gets an answer within its `wait_s` in any case: what it asked for, or what is missing. Whatever
-happens to the queue is followed by `_serve_waiting`, so nobody waits for something that is there.
+    receive what is there -> handle it -> hand out leases -> commit -> answer -> hand out batches -> commit -> answer
 
-Survives its own death: the queue's position is on disk before a batch goes out and before `Published` and `Retired`
-are answered, else within a second, and peers send again what was not answered. Started anew, it
+Waits: for messages from actors and the learner, at most `TICK_S`. A lease or a batch that is not there yet is waited for
+on behalf of the asker, who gets an answer within its `wait_s` in any case: what it asked for, or what is missing. Whatever
+happens to the queue is followed by a look at who waits, so nobody waits for something that is there.
 
-    hands out again what was leased or accepted, under the same lease ids; a tree grown before its death counts;
-    refuses the tree of a lease younger than its last position (the actor drops it), and gives the lease anew;
-    takes `Published` for a batch whose trees are gone, since the learner had them;
-    has the trees of a batch that is asked for once more grown again, with those of all later batches (an alarm).
-
-A learner that goes back to its checkpoint waits for none of this: consumed batches are kept until retired.
+No answer goes out before what it promises is on disk (`group`), so replay may be killed at any point. Peers send again what
+was not answered, and greet the replay that takes its place first. A learner that goes back to a checkpoint gets the same
+batches again; only where trees were kept in memory alone are they grown again.
 """
 
-import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from treepo_async.data.source import EndOfData
-from treepo_async.errors import DataError, RefusedError, TreepoError, WireError
+from treepo_async.errors import RefusedError, WireError
 from treepo_async.metrics.events import emit
 from treepo_async.replay.askers import Asker, Askers
 from treepo_async.replay.batches import Batches
-from treepo_async.replay.entry import Entry, State
+from treepo_async.replay.budget import Budget
+from treepo_async.replay.dead_letters import DeadLetters
+from treepo_async.replay.deliveries import Deliveries
+from treepo_async.replay.entry import State
 from treepo_async.replay.feed import TreeFeed
-from treepo_async.replay.position_files import PositionFiles
+from treepo_async.replay.group import Group
+from treepo_async.replay.leases import Leases
+from treepo_async.replay.losses import Losses
+from treepo_async.replay.peers import Peers
+from treepo_async.replay.quarantine import Quarantine
 from treepo_async.replay.queue import Queue
-from treepo_async.replay.report import report_tree
-from treepo_async.replay.spool import Spool
-from treepo_async.tree.advantage import has_spread
-from treepo_async.types import Prompt, Tree
-from treepo_async.wire.codec import decode_tree
+from treepo_async.replay.report import report_queue
+from treepo_async.replay.store import Store
+from treepo_async.types import Prompt
 from treepo_async.wire.messages import (
-    PROTOCOL,
+    LEFT,
     Ack,
     AnyMessage,
     AskBatch,
     AskLease,
     Beat,
+    Beating,
     GiveUp,
     Hello,
-    Leased,
     Message,
     Nack,
     NoBatch,
     NoLease,
     Published,
     PutTree,
+    Refusal,
     Retired,
+    Trained,
     decode,
     numbered,
+    request_of,
 )
 from treepo_async.wire.sockets import Router
 
-TICK_S = 0.25
-POSITION_S = 1.0
-"""How old the position on disk is at most."""
+TICK_S = 0.1
+GROUP_SIZE = 64
+"""Messages of one turn, and so of one commit."""
+REPORT_S = 1.0
+SLOW_S = 1.0
+"""For a commit."""
+RETRY_S = 1.0
+"""After which a peer that was sent away for now comes again."""
+TOO_MANY = "too many requests of this peer wait"
 MAX_WAIT_S = 60.0
 """No asker is kept waiting longer, whatever it asks for."""
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """Of one replay."""
+
+    vocab_size: int
+    max_lost: int
+    """Prompts lost in a row that end the run."""
+    max_tree_bytes: int
+    max_disk_bytes: int
+    group_size: int = GROUP_SIZE
 
 
 @dataclass
@@ -74,237 +89,294 @@ class ReplayServer:
 
     router: Router
     queue: Queue
-    spool: Spool
-    positions: PositionFiles
+    store: Store
+    peers: Peers
     prompt: Callable[[int], Prompt]
     """The training prompt of an index; raises EndOfData, or DataError for one that cannot be used."""
-    run_id: str
-    vocab_size: int
-    max_lost: int
-    """Prompts lost in a row that end the run."""
-    feed: TreeFeed | None = None
-    """Trees of a file; actors then get no lease."""
+    limits: ServerLimits
+    dead_letters: DeadLetters
+    quarantine: Quarantine
+    make_feed: Callable[[Group], TreeFeed] | None = None
+    """Gives the trees of a file; actors then get no lease."""
+    clock: Callable[[], float] = time.monotonic
     _askers: Askers = field(default_factory=Askers)
-    _batches: Batches = field(init=False)
+    _told_at: float = -1e9
+    _looked_at: float = -1e9
+    _stuck_at: float = 0.0
+    """When the disk took a commit last, or first did not."""
 
     def __post_init__(self) -> None:
-        self._batches = Batches(self.queue, self.spool, self.positions)
+        self._group = Group(self.router, self.queue, self.store, self.dead_letters)
+        self._batches = Batches(self.queue, self.store)
+        self._budget = Budget(self.queue, self._group, self.limits.max_disk_bytes)
+        self._losses = Losses(self.queue, self.prompt, self._group, self.limits.max_lost)
+        self._deliveries = Deliveries(
+            self.queue,
+            self.store,
+            self._group,
+            self.limits.vocab_size,
+            self.limits.max_tree_bytes,
+        )
+        self._feed = None if self.make_feed is None else self.make_feed(self._group)
+        self._leases = Leases(
+            self.queue, self.store, self._group, self._askers, self.peers, self.prompt
+        )
+
+        self._write_missing_letters()
 
     async def run(self) -> None:
         """Serve for ever."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._tick(), name="replay ticks")
-            tasks.create_task(self._keep_position(), name="replay position")
-            while True:
-                peer, frames = await self.router.receive()
-                answer = self._answer(peer, frames)
-                if answer is not None:
-                    await self.router.send(peer, answer)
-                await self._serve_waiting()
-
-    async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(TICK_S)
-            for entry in self.queue.expire(time.monotonic()):
-                emit("alarm", alarm="lease expired", lease=entry.lease_id, state=str(entry.state))
-                if entry.state is State.QUARANTINED:
-                    self._on_lost(entry.lease_id, "lease_expired")
-            await self._serve_waiting()
+            arrived = await self.router.receive_some(limit=self.limits.group_size, timeout_s=TICK_S)
+            self._turn(arrived, self.clock())
 
-    async def _keep_position(self) -> None:
-        while True:
-            await asyncio.sleep(POSITION_S)
-            self.positions.write(self.queue.position())
+    def _turn(self, arrived: Sequence[tuple[bytes, list[bytes]]], now: float) -> None:
+        for peer, frames in arrived:
+            self._take(peer, frames, now)
+        if self._group.is_stuck:
+            if self._settle():
+                self.queue.postpone(now - self._stuck_at)
+            return
+        self._look_after(now)
+        self._fill(now)
+        self._leases.hand_out(now, self._budget.num_fitting)
+        if self._settle():
+            self._serve_batches(now)
+            self._send_away(now)
+            self._settle()
+        # where the disk did not take it: no deadline goes on until it does
+        self._stuck_at = now
+        self._report(now)
 
-    def _answer(self, peer: bytes, frames: Sequence[bytes]) -> Message | None:
-        """The answer to one message; None where there is none, or not yet."""
+    def _settle(self) -> bool:
+        """As `Group.settle`. A disk that took long over it costs nobody a lease: what was said meanwhile is not heard yet."""
+        began = self.clock()
+        is_settled = self._group.settle()
+        seconds = self.clock() - began
+        if seconds > SLOW_S:
+            self.queue.postpone(seconds)
+        return is_settled
+
+    def _write_missing_letters(self) -> None:
+        """About prompts that were given up by a replay that died before it could write that down."""
+        written = self.dead_letters.indexes()
+        for row in self.store.given_up():
+            if row.prompt_index not in written:
+                self._losses.write_down(row, row.reason)
+
+    # ---------------------------------------------------------------- messages
+
+    def _take(self, peer: bytes, frames: Sequence[bytes], now: float) -> None:
+        """Handle one message, and put its answer with the group's; what cannot wait for the disk is answered at once."""
+        request = 0
         try:
             message = decode(frames[0])
-        except WireError as error:
-            log.warning("refused a message from %r: %s", peer, error)
-            return Nack(reason="invalid", detail=str(error))
-        try:
-            return self._handle(peer, message, frames[1:])
+            request = message.request
+            self._check(peer, message, now)
+            answer = self._handle(peer, message, frames[1:], now)
         except RefusedError as error:
-            return numbered(_refusal(error), message.request)
+            self.router.send_now(peer, numbered(refusal(error), request))
         except WireError as error:
-            emit("alarm", alarm="invalid tree refused", detail=str(error))
-            return Nack(request=message.request, reason="invalid", detail=str(error))
+            self._strike(peer, frames, error, now)
+            nack = Nack(
+                request=request or request_of(frames[0]),
+                reason=Refusal.INVALID,
+                detail=str(error)[:500],
+            )
+            self.router.send_now(peer, nack)
+        else:
+            if isinstance(answer, Beating) or (answer is not None and self._group.is_stuck):
+                self.router.send_now(peer, numbered(answer, request))
+            elif answer is not None:
+                self._group.answer(peer, numbered(answer, request))
+
+    def _check(self, peer: bytes, message: AnyMessage, now: float) -> None:
+        """Raise RefusedError where nothing is taken from the peer now."""
+        if not isinstance(message, Hello):
+            self.peers.check(peer, now)
+            self.peers.check_role(peer, message)
+        if self._group.is_stuck and not isinstance(message, Hello | Beat):
+            raise RefusedError(Refusal.DISK_FULL, "replay cannot write", retry=True)
 
     def _handle(
-        self, peer: bytes, message: AnyMessage, attachment: Sequence[bytes]
+        self, peer: bytes, message: AnyMessage, attachment: Sequence[bytes], now: float
     ) -> Message | None:
+        """The answer to one message; None where there is none, or not yet."""
         match message:
-            case AskLease() if (peer, message.request) in self._askers.granted:
-                return self._askers.granted[peer, message.request]
+            case AskLease() if (known := self._leases.answered(peer, message.request)) is not None:
+                return known
             case AskLease() | AskBatch():
                 # in this order a wait that is not a number becomes the longest one
-                deadline = time.monotonic() + min(MAX_WAIT_S, message.wait_s)
-                step = message.step if isinstance(message, AskBatch) else None
-                self._askers.add(Asker(peer, message.request, step, deadline))
+                deadline = now + min(MAX_WAIT_S, message.wait_s)
+                surplus = self._askers.add(Asker(peer, message.request, message, deadline))
+                if surplus is not None:
+                    self._dismiss(surplus, TOO_MANY)
                 return None
             case Beat():
-                self.queue.beat(message.leases, time.monotonic())
-                return None
+                name = self.peers.name_of(peer)
+                return Beating(lost=self.queue.beat(name, message.leases, now))
             case PutTree():
-                return Ack(request=message.request, note=self._put(message, attachment))
+                return Ack(note=self._put(peer, message, attachment))
             case GiveUp():
-                if self.queue.give_up(message.lease_id, message.attempt, message.reason):
-                    self._on_lost(message.lease_id, message.reason)
+                self._give_up(peer, message)
+            case Trained() | Published() | Retired():
+                self._hear_learner(message)
+            case Hello():
+                self._greet(peer, message, now)
+            case _:
+                raise WireError(f"{type(message).__name__} is no request to replay")
+        return Ack()
+
+    def _greet(self, peer: bytes, hello: Hello, now: float) -> None:
+        fenced = self.peers.greet(peer, hello, now)
+        self.queue.actors = self.peers.actors()
+        if fenced is None or self._group.is_stuck:
+            return
+        for entry in self.queue.release(fenced):
+            self._losses.taken_back(entry, "actor_ended")
+
+    def _put(self, peer: bytes, message: PutTree, attachment: Sequence[bytes]) -> str:
+        entry = self.queue.order.live.get(message.lease_id)
+        try:
+            outcome = self._deliveries.take(message, attachment)
+        except WireError as error:
+            reason = error.reason if isinstance(error, RefusedError) else Refusal.INVALID
+            if entry is not None and entry.state is State.QUARANTINED:
+                self._losses.bury(entry, reason)
+            else:
+                lost = GiveUp(lease_id=message.lease_id, attempt=message.attempt, reason=reason)
+                self._give_up(peer, lost)
+            raise
+        if outcome == "reward_error":
+            self._losses.lost(message.lease_id, outcome)
+        return outcome
+
+    def _see_off(self, peer: bytes) -> None:
+        """An actor ends: it asks for nothing any more, and whatever it holds, known to it or not, goes to others."""
+        self._askers.forget(peer)
+        self.queue.leave(self.peers.name_of(peer))
+        self.peers.leave(peer)
+        self.queue.actors = self.peers.actors()
+
+    def _give_up(self, peer: bytes, message: GiveUp) -> None:
+        if message.reason == LEFT:
+            self._see_off(peer)
+            return
+        if not self.queue.is_held(message.lease_id, self.peers.name_of(peer)):
+            return
+        entry = self.queue.order.live[message.lease_id]
+        if self.queue.give_up(message.lease_id, message.attempt, message.reason):
+            self._losses.bury(entry, message.reason)
+
+    def _hear_learner(self, message: Trained | Published | Retired) -> None:
+        match message:
+            case Trained():
+                self._end_step(message)
             case Published():
                 self._batches.publish(message)
             case Retired():
-                self._batches.retire(message.step)
-            case Hello():
-                self._check_hello(message)
-            case _:
-                raise WireError(f"{type(message).__name__} is no request to replay")
-        return Ack(request=message.request)
+                retired = self.queue.retire(message.step)
+                self._group.forget(entry.lease_id for entry in retired)
 
-    def _check_hello(self, hello: Hello) -> None:
-        if hello.run_id != self.run_id or hello.protocol != PROTOCOL:
-            raise RefusedError(
-                "wrong_run",
-                f"{hello.name} is of run {hello.run_id} with protocol {hello.protocol}, "
-                f"this is run {self.run_id} with protocol {PROTOCOL}",
-                retry=False,
+    def _end_step(self, message: Trained) -> None:
+        other = self.queue.end_step(message.step, message.lineage, message.digest)
+        if other is not None:
+            emit(
+                "alarm",
+                alarm="a step done again has another result",
+                step=message.step,
+                lineage=message.lineage,
             )
 
-    def _put(self, message: PutTree, attachment: Sequence[bytes]) -> str:
-        """Check, decide, then store: a tree is acknowledged only after it is in the spool."""
-        try:
-            tree = decode_tree(attachment, vocab_size=self.vocab_size)
-            self._check_claims(message, tree)
-        except WireError:
-            self.queue.give_up(message.lease_id, message.attempt, "invalid")
-            raise
-        outcome = self.queue.accept(
-            message.lease_id,
-            message.attempt,
-            oldest_step=min(s.policy_version.step for s in tree.whole_segments),
-            has_spread=has_spread(tree),
-            is_scored=bool(np.isfinite(tree.rewards_L).any()),
-        )
-        if outcome == "accepted":
-            self.spool.append(message.lease_id, attachment)
-        if outcome == "reward_error":
-            self._on_lost(message.lease_id, outcome)
-        if outcome != "duplicate":
-            report_tree(tree, outcome)
-        return outcome
+    def _strike(self, peer: bytes, frames: Sequence[bytes], error: WireError, now: float) -> None:
+        if not self.peers.strike(peer, now):
+            return
+        kept = self.quarantine.keep(str(error), frames)
+        if kept:
+            # of a flood, some: neither the log nor the disk may grow with what others send
+            emit("alarm", alarm="invalid message refused", detail=str(error)[:500], kept=kept)
 
-    def _on_lost(self, lease_id: str, reason: str) -> None:
-        """Alarm a prompt that ended without a tree; end the run when nothing else happens any more."""
-        emit("alarm", alarm="prompt lost", lease=lease_id, reason=reason)
-        if self.queue.num_lost >= self.max_lost:
-            raise TreepoError(
-                f"{self.queue.num_lost} prompts in a row were lost, the last by {reason}; see the actors' logs"
-            )
+    # ---------------------------------------------------------------- time
 
-    def _check_claims(self, message: PutTree, tree: Tree) -> None:
-        """What a tree says of itself must fit its lease and what has been published."""
-        if tree.provenance.lease_id != message.lease_id:
-            raise WireError(
-                f"provenance.lease_id is {tree.provenance.lease_id}, delivered for {message.lease_id}"
-            )
-        # the learner publishes a moment before it says so
-        known = self.queue.published + 1
-        newest = max(s.policy_version.step for s in tree.segments)
-        if newest > known:
-            raise WireError(f"step_S has {newest}, but policy step {known} is the newest there is")
+    def _look_after(self, now: float) -> None:
+        """What happens by itself, looked for with every tick: leases expire, peers fall silent."""
+        if now - self._looked_at < TICK_S:
+            return
+        self._looked_at = now
+        for entry in self.queue.expire(now):
+            self._losses.taken_back(entry, "lease_expired")
+        if self.peers.forget_silent(now):
+            self.queue.actors = self.peers.actors()
 
-    async def _serve_waiting(self) -> None:
-        """Answer whoever can be answered: batches first, since one whose trees are lost gives leases to hand out."""
-        self._feed()
-        for asker in self._askers.for_batches():
-            answer, frames = self._try_batch(asker)
-            if answer is not None:
-                await self._answer_asker(asker, answer, frames)
-        if self._askers.for_leases():
-            await self._hand_out()
-            await self._send_away()
+    def _report(self, now: float) -> None:
+        """Tell the driver how the queue stands."""
+        if now - self._told_at < REPORT_S:
+            return
+        self._told_at = now
+        report_queue(self.queue, num_bytes=self.store.num_bytes)
 
-    def _feed(self) -> None:
+    # ---------------------------------------------------------------- askers
+
+    def _fill(self, now: float) -> None:
         """Let the file answer the leases that there are."""
-        if self.feed is not None:
-            for lease_id, reason in self.feed.fill(time.monotonic()):
-                self._on_lost(lease_id, reason)
+        if self._feed is not None:
+            for lease_id, reason in self._feed.fill(now, self._budget.has_room):
+                self._losses.lost(lease_id, reason)
 
-    def _try_batch(self, asker: Asker) -> tuple[Message | None, list[bytes]]:
+    def _serve_batches(self, now: float) -> None:
+        for asker in self._askers.for_batches():
+            answer, frames = self._try_batch(asker, now)
+            if answer is not None:
+                self._askers.done(asker)
+                self._group.answer(asker.peer, numbered(answer, asker.number), frames)
+
+    def _try_batch(self, asker: Asker, now: float) -> tuple[Message | None, list[bytes]]:
         """What was asked for, or at the deadline what is missing; None before it."""
-        assert asker.step is not None, "asks for a batch"
+        assert isinstance(asker.message, AskBatch), "asks for a batch"
         try:
-            found, frames = self._batches.find(asker.step)
+            found, frames = self._batches.find(asker.message)
         except RefusedError as error:
-            return _refusal(error), []
-        if found is None and time.monotonic() > asker.deadline:
-            return NoBatch(reason=self.queue.missing()), []
+            return refusal(error), []
+        if found is None and now > asker.deadline:
+            return NoBatch(reason=self._missing()), []
         return found, frames
 
-    async def _hand_out(self) -> None:
-        """Hand out leases, each to who holds the fewest."""
-        self._askers.refresh(self.queue.is_leased)
-        num_granted = self._askers.count_granted()
-        while self.queue.may_lease() and (askers := self._askers.for_leases()):
-            neediest = min(askers, key=lambda asker: num_granted[asker.peer])
-            lease = self._lease()
-            if lease is not None:
-                num_granted[neediest.peer] += 1
-                await self._grant(neediest, lease)
+    def _missing(self) -> str:
+        """What the next batch waits for; ends the run where nothing will ever come."""
+        self._budget.check()
+        room = "" if self._budget.has_room() else "; no room on disk for more trees"
+        return self.queue.missing() + room
 
-    async def _send_away(self) -> None:
+    def _dismiss(self, asker: Asker, reason: str) -> None:
+        """Let it ask again, if it still wants to."""
+        is_lease = isinstance(asker.message, AskLease)
+        answer = NoLease(reason=reason) if is_lease else NoBatch(reason=reason)
+        self._askers.done(asker)
+        self._group.answer(asker.peer, numbered(answer, asker.number))
+
+    def _send_away(self, now: float) -> None:
         """Tell those who got no lease why, once there will be none or they have waited long enough."""
-        is_finished = self.feed is not None or self.queue.is_finished()
+        is_finished = self._feed is not None or self.queue.is_finished()
         for asker in self._askers.for_leases():
             if is_finished:
                 answer = NoLease(reason="no prompt is left to grow", final=True)
-                await self._answer_asker(asker, answer)
-            elif time.monotonic() > asker.deadline:
-                answer = NoLease(reason="admission: the learner is behind")
-                await self._answer_asker(asker, answer)
-
-    async def _grant(self, asker: Asker, lease: Leased) -> None:
-        """Send a lease; one that cannot reach its peer goes to the next who asks."""
-        self._askers.granted[asker.request] = numbered(lease, asker.number)
-        if not await self._answer_asker(asker, lease):
-            del self._askers.granted[asker.request]
-            self.queue.hand_back(lease.lease_id, lease.attempt)
-
-    async def _answer_asker(
-        self, asker: Asker, answer: Message, frames: Sequence[bytes] = ()
-    ) -> bool:
-        """Whether the answer went out."""
-        self._askers.waiting.pop(asker.request, None)
-        return await self.router.send(asker.peer, numbered(answer, asker.number), frames)
-
-    def _lease(self) -> Leased | None:
-        """A lease on the next prompt that can be used."""
-        while self.queue.may_lease():
-            entry = self.queue.lease(time.monotonic())
-            prompt = self._prompt_of(entry)
-            if prompt is not None:
-                return Leased(
-                    lease_id=entry.lease_id,
-                    attempt=entry.attempt,
-                    prompt_id=prompt.id,
-                    text=prompt.text,
-                    answer=prompt.answer,
-                    token_ids=prompt.token_ids.tolist(),
-                    least_step=self.queue.least_step(entry.lease_id),
+            elif now > asker.deadline:
+                reason = (
+                    "the learner is behind"
+                    if self._budget.has_room()
+                    else "the disk budget is used up"
                 )
-        return None
-
-    def _prompt_of(self, entry: Entry) -> Prompt | None:
-        try:
-            return self.prompt(entry.prompt_index)
-        except EndOfData:
-            self.queue.end_of_data(entry.lease_id)
-        except DataError as error:
-            emit("alarm", alarm="prompt skipped", detail=str(error))
-            self.queue.skip(entry.lease_id, "bad_prompt")
-        return None
+                answer = NoLease(reason=f"admission: {reason}")
+            else:
+                continue
+            self._askers.done(asker)
+            self._group.answer(asker.peer, numbered(answer, asker.number))
 
 
-def _refusal(error: RefusedError) -> Nack:
+def refusal(error: RefusedError) -> Nack:
+    """The answer that a refusal becomes."""
     detail = str(error).removeprefix(f"{error.reason}: ")
-    return Nack(reason=error.reason, detail=detail, retry=error.retry)
+    # who only has to greet may come again at once
+    least_s = 0.0 if error.reason == Refusal.HELLO_FIRST or not error.retry else RETRY_S
+    wait_s = max(least_s, error.retry_after_s)
+    return Nack(reason=error.reason, detail=detail[:500], retry=error.retry, retry_after_s=wait_s)

@@ -4,6 +4,7 @@ The rounds of `growth` work on it; nothing here decides which path is continued.
 """
 
 import random
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ import numpy as np
 from treepo_async.tree.cut import Run, cut
 from treepo_async.tree.prune import PRUNE, judge
 from treepo_async.tree.rules import GrowthRules, PartialPath, PruneRules
-from treepo_async.types import ROOT, Segment, StopReason, path_of
+from treepo_async.types import ROOT, Segment, StopReason, leaves_of, path_of
 
 
 class Extension(NamedTuple):
@@ -107,6 +108,25 @@ class GrowingTree:
         judged = [*left, *self.finished] if self.prune.value is not None else left
         views = {i: self._view(i) for i in judged}
         return [i for i in left if self._passes(i, views, num_active)]
+
+    def seed(self, trunk: Sequence[Segment]) -> list[int]:
+        """Begin with segments of an earlier tree, see `regrow`. Gives the last segments of paths that could go on."""
+        for segment in trunk:
+            self._ends.append(self.end(segment.parent) + len(segment))
+            self.segments.append(segment)
+        leaves = leaves_of(tuple(trunk))
+        self.finished = [i for i in leaves if trunk[i].stop is not None]
+        return [i for i in leaves if trunk[i].stop is None]
+
+    def cut_off(self, active: Collection[int] = ()) -> None:
+        """End every path that could go on, as pruned ones are; no rule judged them, so they do not count as such.
+
+        Args:
+            active: last segments of paths that are left as they are.
+        """
+        for i in leaves_of(tuple(self.segments)):
+            if self.segments[i].stop is None and i not in active:
+                self.segments[i] = replace(self.segments[i], stop=StopReason.PRUNED)
 
     def affordable(self, parent: int, committed: int) -> int:
         """Runs from `parent` to the limit for which the token budget has room beside `committed` tokens."""

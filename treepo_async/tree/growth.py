@@ -14,6 +14,9 @@ The rules of the first two:
 * run to completion: once finished + active = width no fork can follow, so each path is asked for its rest, unless it is
   to be judged at boundaries. From then on the place of a pruned path goes to a fallback at once.
 
+A growth may begin with a trunk, what was kept of an earlier tree of the prompt (see `regrow`). Its ended paths count as
+finished, its open ends go on with one run each, and the prompt gets the forks that it lacks; then the rules hold as ever.
+
 Invariant: finished + active <= width, and exactly `width` finished paths in the end unless `notes` says why not.
 """
 
@@ -26,7 +29,7 @@ from treepo_async.tree.cut import Run
 from treepo_async.tree.growing import Extension, GrowingTree
 from treepo_async.tree.rules import GrowthRules, PruneRules
 from treepo_async.tree.split import split_by_score, split_evenly
-from treepo_async.types import ROOT, StopReason
+from treepo_async.types import ROOT, Segment, StopReason
 
 Fork = tuple[int, int]
 """A segment, or `ROOT`, and how many paths go on from it."""
@@ -40,11 +43,19 @@ class Growth(ABC):
         num_fallbacks: paths that were forked from an ended path.
     """
 
-    def __init__(self, rules: GrowthRules, rng: random.Random, prune: PruneRules) -> None:
+    def __init__(
+        self,
+        rules: GrowthRules,
+        rng: random.Random,
+        prune: PruneRules,
+        trunk: tuple[Segment, ...] = (),
+    ) -> None:
         self.tree = GrowingTree(rules, prune, rng)
+        self._trunk = trunk
         self.rules, self.rng = rules, rng
         self.num_fallbacks = 0
         self._is_saturated = False
+        self._is_cut_off = False
         self._entropies: dict[int, float] = {}
 
     @abstractmethod
@@ -69,11 +80,19 @@ class Growth(ABC):
             entropy: of the distribution of its last token, in nats; needed where forks are split by it.
         """
 
+    def cut_off(self) -> int:
+        """End every path that has not ended, as a pruned one. Gives the number of whole leaves; nothing may follow."""
+        self.tree.cut_off()
+        self._is_cut_off = True
+        return len(self.tree.finished)
+
     def notes(self) -> tuple[str, ...]:
         """What makes the complete tree differ from its rules."""
         num_unfilled = self.rules.width - self.tree.width
         missing = self.tree.room
         reason = "fallback is off" if self.rules.fallback == "none" else "the token budget is spent"
+        if self._is_cut_off:
+            reason = "cut off at the deadline"
         notes = [(num_unfilled, "pruned paths are not refilled"), (missing, reason)]
         return tuple(
             f"{number} leaves fewer than the width: {reason}" for number, reason in notes if number
@@ -88,9 +107,35 @@ class Growth(ABC):
             self._entropies[last] = entropy
         return last
 
-    def _first_fork(self) -> int:
+    def _first_forks(self) -> list[Fork]:
+        """How the tree begins."""
+        ends = self._seed()
         drawn = self.rng.randint(self.rules.first_fork_min, self.rules.first_fork_max)
-        return min(drawn, self.rules.width, max(1, self.tree.affordable(ROOT, 0)))
+        num_there = sum(segment.parent == ROOT for segment in self._trunk)
+        return [*self._from_prompt(drawn - num_there, ends), *((i, 1) for i in ends)]
+
+    def _from_prompt(self, wanted: int, ends: Sequence[int] = ()) -> list[Fork]:
+        """At most `wanted` paths from the prompt, beside those that go on from `ends`."""
+        committed = sum(map(self.tree.rest, ends))
+        # a tree may not end without a single complete path
+        least = 0 if self.tree.finished or ends else 1
+        most = max(least, self.tree.affordable(ROOT, committed))
+        number = min(wanted, self.tree.room - len(ends), most)
+        return [(ROOT, number)] if number > 0 else []
+
+    def _seed(self) -> list[int]:
+        """Begin with the trunk. Gives the open ends that go on; the others are cut off."""
+        tree = self.tree
+        ends, active, committed = tree.seed(self._trunk), list[int](), 0
+        for i in self.rng.sample(ends, min(len(ends), max(0, tree.room))):
+            if tree.affordable(i, committed) > 0 or not (tree.finished or active):
+                active.append(i)
+                committed += tree.rest(i)
+        tree.cut_off(active)
+        # these were judged, and went on
+        judged = [i for i in active if tree.segments[i].inclusion < 1]
+        others = [i for i in sorted(active) if i not in judged]
+        return sorted([*judged, *tree.without_pruned(others, len(judged))])
 
     def _extensions(self, forks: Sequence[Fork], num_active: int) -> list[Extension]:
         """Requests for these forks, with `num_active` paths active beside them."""
@@ -124,7 +169,7 @@ class BarrierGrowth(Growth):
 
     def start(self) -> list[Extension]:
         """See `Growth`."""
-        return self._begin([(ROOT, self._first_fork())])
+        return self._begin(self._first_forks() or self._fall_back(self.tree.room, 0))
 
     def add(
         self,
@@ -138,14 +183,24 @@ class BarrierGrowth(Growth):
         self._arrived.setdefault(extension.number, []).append((run, stop, entropy))
         if sum(map(len, self._arrived.values())) < sum(e.num_runs for e in self._round):
             return []
-        num_ended, survivors = 0, []
-        for asked in self._round:
-            for arrival in self._arrived[asked.number]:
-                last = self._record(asked, *arrival)
-                num_ended += last is None
-                survivors += [] if last is None else [last]
+        lasts = self._lasts()
+        survivors = [last for last in lasts if last is not None]
+        num_ended = len(lasts) - len(survivors)
         left = self.tree.without_pruned(survivors)
         return self._begin(self._next(left, num_ended + len(survivors) - len(left)))
+
+    def cut_off(self) -> int:
+        """See `Growth`; what has arrived of the round counts."""
+        self._lasts()
+        return super().cut_off()
+
+    def _lasts(self) -> list[int | None]:
+        """Record what has arrived of the round: the last segment of each run, None where its path has ended."""
+        return [
+            self._record(asked, *arrival)
+            for asked in self._round
+            for arrival in self._arrived.get(asked.number, ())
+        ]
 
     def _begin(self, forks: Sequence[Fork]) -> list[Extension]:
         self._round = self._extensions(forks, num_active=0)
@@ -181,20 +236,16 @@ class IndependentGrowth(BarrierGrowth):
 
     def start(self) -> list[Extension]:
         """See `Growth`."""
-        return self._begin(self._from_prompt())
+        ends = self._seed()
+        return self._begin([*self._from_prompt(self.tree.room, ends), *((i, 1) for i in ends)])
 
     def _begin(self, forks: Sequence[Fork]) -> list[Extension]:
         self._arrived = {}
-        self._round = [self.tree.extension(ROOT, n, to_completion=True) for _, n in forks]
+        self._round = [self.tree.extension(i, n, to_completion=True) for i, n in forks]
         return self._round
 
     def _next(self, survivors: list[int], num_ended: int) -> list[Fork]:
-        return self._from_prompt()
-
-    def _from_prompt(self) -> list[Fork]:
-        least = 0 if self.tree.finished else 1
-        num_runs = min(self.tree.room, max(least, self.tree.affordable(ROOT, 0)))
-        return [(ROOT, num_runs)] if num_runs else []
+        return self._from_prompt(self.tree.room)
 
 
 class EagerGrowth(Growth):
@@ -203,7 +254,8 @@ class EagerGrowth(Growth):
     def start(self) -> list[Extension]:
         """See `Growth`."""
         self._active: list[Extension] = []
-        return self._begin([(ROOT, 1)] * self._first_fork())
+        forks = self._first_forks() or self._fall_back(self.tree.room, 0)
+        return self._begin([(i, 1) for i, n in forks for _ in range(n)])
 
     def add(
         self,
@@ -237,11 +289,23 @@ class EagerGrowth(Growth):
         return []
 
 
-def start_growth(rules: GrowthRules, rng: random.Random, prune: PruneRules | None = None) -> Growth:
-    """The growth that `rules.growth` names, not started."""
+def start_growth(
+    rules: GrowthRules,
+    rng: random.Random,
+    prune: PruneRules | None = None,
+    trunk: tuple[Segment, ...] = (),
+) -> Growth:
+    """The growth that `rules.growth` names, not started.
+
+    Args:
+        rules: the tree's shape.
+        rng: decides forks, fallbacks and prunes.
+        prune: which paths end early.
+        trunk: what the tree begins with; it must fit the rules, see `regrow.fits`.
+    """
     kinds: dict[str, type[Growth]] = {
         "barrier": BarrierGrowth,
         "eager": EagerGrowth,
         "independent": IndependentGrowth,
     }
-    return kinds[rules.growth](rules, rng, prune or PruneRules())
+    return kinds[rules.growth](rules, rng, prune or PruneRules(), trunk)

@@ -16,11 +16,13 @@ import json
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
+from treepo_async import chaos
 from treepo_async.errors import WeightsError
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.durable import make_folder, publish_folder
@@ -28,14 +30,12 @@ from treepo_async.weights.manifest import MANIFEST_FILE, UNREADABLE
 from treepo_async.weights.store import (
     Apart,
     NamedTensor,
+    Unremoved,
     at_once,
     remove_leftovers,
     versions_in,
 )
 from treepo_async.weights.tensor_file import TensorFileWriter
-
-Unremoved = Callable[[OSError], None]
-"""Is told of what is too old or left over and cannot be removed."""
 
 WEIGHTS_KIND = "weights"
 """The kind of tensors that are the policy itself."""
@@ -56,6 +56,8 @@ class TrainingState:
     """State of torch's CPU generator, hexadecimal."""
     probe_token_ids: list[list[int]]
     """Sequences with which a publication of these weights can be proven."""
+    ancestry: dict[str, int] = field(default_factory=dict)
+    """Lineage: last step at which its weights are those of the lineage that wrote this; see `learner.ancestry`."""
 
     @property
     def policy_version(self) -> PolicyVersion:
@@ -200,6 +202,15 @@ class CheckpointStore:
         found.verify(kinds)
         return found
 
+    def covered_step(self) -> int | None:
+        """The policy step that all of the newest `keep` whole checkpoints have reached; None while there are fewer.
+
+        Whatever becomes of any but the last of them, a run goes on from that step or a later one.
+        """
+        whole = (version for version in reversed(self.versions()) if self._is_whole(version))
+        kept = list(islice(whole, self._keep))
+        return min(version.step for version in kept) if len(kept) == self._keep else None
+
     def versions(self) -> list[PolicyVersion]:
         """Of all checkpoints, damaged ones too, oldest first."""
         return versions_in(self.folder) if self.folder.is_dir() else []
@@ -213,6 +224,7 @@ class CheckpointStore:
             # what goes wrong while a tensor is gathered is not the disk's fault
             for tensor in tensors:
                 with self._told(final, temporary):
+                    chaos.point("learner.mid_checkpoint")
                     writer.add(tensor.name, tensor.info, [tensor.data])
             with self._told(final, temporary):
                 writer.close()

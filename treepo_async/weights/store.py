@@ -1,17 +1,18 @@
 """The folder of publications: one write-once folder per policy version, the newest few kept.
 
-A publication appears by one rename and goes by one, so a folder that is listed is complete.
+A publication appears by one rename and goes by one, so a folder that is listed is complete. A writer whose lineage has been
+followed by a later one is refused. What cannot be removed is told of and tried again with the next publication; it fails
+none.
 """
 
+import contextlib
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from safetensors import TensorSpec, serialize_file
-
+from treepo_async import chaos
 from treepo_async.errors import WeightsError
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.manifest import (
@@ -21,9 +22,9 @@ from treepo_async.weights.manifest import (
     TensorInfo,
     hash_bytes,
 )
+from treepo_async.weights.tensor_file import TensorFileWriter, header_room
 
 VERSION_NAME = re.compile(r"\d+\.\d+")
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class NamedTensor(NamedTuple):
@@ -33,6 +34,9 @@ class NamedTensor(NamedTuple):
     info: TensorInfo
     data: bytes
 
+
+Unremoved = Callable[[OSError], None]
+"""Is told of what is too old or left over and cannot be removed."""
 
 Apart = Callable[[Callable[[], None]], None]
 """Does a piece of work, and whatever must go on meanwhile."""
@@ -46,14 +50,23 @@ def at_once(work: Callable[[], None]) -> None:
 class WeightStore:
     """Publications under one folder."""
 
-    def __init__(self, folder: Path, *, keep: int, keep_marked: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep: int,
+        keep_marked: int = 0,
+        unremoved: Unremoved = lambda _: None,
+    ) -> None:
         """Open or create.
 
         Args:
             folder: of all publications.
             keep: newest publications that are kept.
             keep_marked: newest of those to be evaluated that are kept besides.
+            unremoved: see `Unremoved`.
         """
+        self._unremoved = unremoved
         self.folder = folder
         self._keep, self._keep_marked = keep, keep_marked
         folder.mkdir(parents=True, exist_ok=True)
@@ -79,11 +92,17 @@ class WeightStore:
             apart: how to do what needs no more tensors and may take long.
 
         Raises:
-            WeightsError: the version is published already.
+            WeightsError: the version is published already, or one of a later lineage is.
         """
         if self.path(version).exists():
             raise WeightsError(f"{self.path(version)} is published already and never rewritten")
-        remove_leftovers(self.folder)
+        newest = max(self.versions(), default=version)
+        if newest.lineage > version.lineage:
+            raise WeightsError(
+                f"{self.path(version)} is not published: lineage {version.lineage} was rolled back, {newest} is there"
+            )
+        with self._spared():
+            remove_leftovers(self.folder)
         temporary = self.folder / f".{version}"
         temporary.mkdir()
         shutil.copy(config_file, temporary / "config.json")
@@ -99,7 +118,9 @@ class WeightStore:
                 evaluate=evaluate,
             ).write(temporary)
             temporary.rename(self.path(version))
-            self._remove_old()
+            # engines may have it: nothing from here on may fail the publication
+            with self._spared():
+                self._remove_old()
 
         apart(write)
         return self.path(version)
@@ -143,9 +164,18 @@ class WeightStore:
         for version in old:
             if version in spared:
                 continue
-            hidden = self.folder / f".old-{version}"
-            self.path(version).rename(hidden)
-            shutil.rmtree(hidden)
+            with self._spared():
+                hidden = self.folder / f".old-{version}"
+                self.path(version).rename(hidden)
+                shutil.rmtree(hidden)
+
+    @contextlib.contextmanager
+    def _spared(self) -> Iterator[None]:
+        """Tell of what cannot be removed, and go on."""
+        try:
+            yield
+        except OSError as error:
+            self._unremoved(error)
 
 
 def versions_in(folder: Path) -> list[PolicyVersion]:
@@ -163,16 +193,9 @@ def remove_leftovers(folder: Path) -> None:
 
 def write_tensors(file: Path, tensors: Sequence[NamedTensor]) -> None:
     """Write a safetensors file."""
-    specs = {tensor.name: _spec(tensor) for tensor in tensors}
-    serialize_file(specs, str(file), {"format": "pt"})
-
-
-def _spec(tensor: NamedTensor) -> TensorSpec:
-    """Points into `tensor.data`, which must outlive it."""
-    pointer = np.frombuffer(tensor.data, dtype=np.uint8).ctypes.data
-    return TensorSpec(
-        dtype=_DTYPES[tensor.info.dtype],
-        shape=list(tensor.info.shape),
-        data_ptr=pointer,
-        data_len=len(tensor.data),
-    )
+    room = header_room({tensor.name: tensor.info for tensor in tensors})
+    with TensorFileWriter(file, room=room) as writer:
+        for i, tensor in enumerate(tensors):
+            if i == len(tensors) // 2:
+                chaos.point("learner.mid_publish")
+            writer.add(tensor.name, tensor.info, [tensor.data])

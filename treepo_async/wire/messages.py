@@ -5,13 +5,21 @@ Frames on a socket: `[message, *attachment]`, the attachment being trees as `cod
 idempotent: a peer that got no answer sends the same request again.
 """
 
-from typing import TypeVar
+from enum import StrEnum
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from treepo_async.errors import WireError
 
-PROTOCOL = 1
+PROTOCOL = 2
+MAX_MESSAGE_BYTES = 2**20
+"""Of a request without its attachment; no larger one is looked at."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+"""A number that is kept: whoever makes one up cannot make it larger than files and index take."""
+Name = Annotated[str, msgspec.Meta(max_length=100)]
+"""Of a peer."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True, kw_only=True):
@@ -22,17 +30,30 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True,
 
 
 class Hello(Message, frozen=True):
-    """First message of a peer: refused when it belongs to another run or protocol."""
+    """First message of a peer; without it nothing else is taken.
 
-    name: str
+    Refused when it belongs to another run or protocol, was given another config, or has another tokenizer.
+    """
+
+    name: Name
     run_id: str
+    config_digest: str = ""
+    """Of the run's `config.yaml`; see `config.wiring.digest_of`."""
+    tokenizer_digest: str = ""
+    """Of the model's `tokenizer.json`; empty for a peer without a tokenizer."""
     protocol: int = PROTOCOL
 
 
 class Beat(Message, frozen=True):
-    """An actor lives and still works on these leases."""
+    """An actor lives and still works on these leases. Answered by `Beating`."""
 
     leases: list[str]
+
+
+class Beating(Message, frozen=True):
+    """Replay lives; `lost` are the named leases that are not the actor's any more: it need not go on with them."""
+
+    lost: list[str]
 
 
 class AskLease(Message, frozen=True):
@@ -42,15 +63,22 @@ class AskLease(Message, frozen=True):
 
 
 class Leased(Message, frozen=True):
-    """A prompt for an actor, to be answered with one tree."""
+    """A prompt for an actor, to be answered with one tree.
+
+    The attachment is empty, or a tree of the same prompt that was too old for its batch: what of it is young enough may
+    be kept.
+    """
 
     lease_id: str
-    attempt: int
+    attempt: Count
+    """Of all leases of the prompt, so that no two share a number."""
+    tries: Count
+    """Of those that count: it decides forks and fallbacks, so that a tree is grown as if nobody had handed it back."""
     prompt_id: str
     text: str
     answer: str
     token_ids: list[int]
-    least_step: int
+    least_step: Count
     """Policy step below which no segment of the tree may be sampled."""
 
 
@@ -65,19 +93,25 @@ class PutTree(Message, frozen=True):
     """A scored tree for a lease; the tree is the attachment."""
 
     lease_id: str
-    attempt: int
+    attempt: Count
+    digest: int = 0
+    """Of the attachment; see `codec.digest_of`."""
 
 
 class GiveUp(Message, frozen=True):
-    """An actor failed on a lease: let another one try."""
+    """An actor failed on a lease: let another one try. With the reason `LEFT` it ends, and gives all back that it holds."""
 
     lease_id: str
-    attempt: int
+    attempt: Count
     reason: str
 
 
+LEFT = "left"
+"""Reason of an actor that ends, whatever lease it names; none of its attempts counts."""
+
+
 class Ack(Message, frozen=True):
-    """Done; for a tree: it is stored. `note` says what became of it, e.g. `duplicate`."""
+    """Done; for a tree: it is on disk. `note` says what became of it, e.g. `duplicate`."""
 
     note: str = ""
 
@@ -86,25 +120,54 @@ class Nack(Message, frozen=True):
     """Refused, and whether sending the same again can succeed."""
 
     reason: str
+    """A word of `Refusal`."""
     detail: str
     retry: bool = False
+    retry_after_s: float = 0.0
+
+
+class Refusal(StrEnum):
+    """Why a request was refused."""
+
+    HELLO_FIRST = "hello_first"
+    """The peer is not known, as replay was started anew: greet, then send again."""
+    DISK_FULL = "disk_full"
+    SUSPENDED = "suspended"
+    """Too much of what the peer sent was invalid."""
+    STALE = "stale"
+    UNKNOWN_LEASE = "unknown_lease"
+    INVALID = "invalid"
+    PROTOCOL = "protocol"
+    OVERSIZE = "oversize"
+    FUTURE_VERSION = "future_version"
+    """Sampled under a version that was never published."""
+    WRONG_RUN = "wrong_run"
+    WRONG_STEP = "wrong_step"
+    ROLLED_BACK = "rolled_back"
+    """A later lineage has taken the learner's place."""
+    FENCED = "fenced"
+    """A later process of the same name has taken the peer's place."""
 
 
 class AskBatch(Message, frozen=True):
-    """The learner wants the trees of step `step`, and will wait for them."""
+    """The learner wants the trees of step `step`, and will wait for them. That it has them is journalled before they go out."""
 
-    step: int
+    step: Count
+    lineage: Count
+    """Of the weights that they will change."""
     wait_s: float
 
 
 class Batch(Message, frozen=True):
     """The trees of a step in lease order; the attachment is their frames, `frames_per_tree` each."""
 
-    step: int
+    step: Count
     lease_ids: list[str]
     frames_per_tree: int
     ledger: dict[str, int]
     """How every lease so far stands: see `replay.queue.Queue.ledger`."""
+    results: dict[int, str] = {}
+    """Digest of the result of each earlier lineage that took this batch; empty where it had none."""
 
 
 class NoBatch(Message, frozen=True):
@@ -114,23 +177,34 @@ class NoBatch(Message, frozen=True):
     final: bool = False
 
 
+class Trained(Message, frozen=True):
+    """The learner has made the update of a step; sent before its weights are published."""
+
+    step: Count
+    lineage: Count
+    digest: str
+    """Of the result: equal for equal trees, weights and optimizer on the same machine."""
+
+
 class Published(Message, frozen=True):
     """The learner has published policy step `step`; the trees of `consumed_step` were trained."""
 
-    step: int
-    consumed_step: int
+    step: Count
+    lineage: Count
+    consumed_step: Annotated[int, msgspec.Meta(ge=-1, lt=2**31)]
+    """-1: none, the first weights of a run."""
 
 
 class Retired(Message, frozen=True):
-    """The trees of all batches up to and including `step` will not be asked for again."""
+    """The trees of all batches up to and including `step` will not be asked for again: every checkpoint covers them."""
 
-    step: int
+    step: Count
 
 
 class Join(Message, frozen=True):
     """A client of an engine host: it will obey the gate. Answered by a `Gate`."""
 
-    name: str
+    name: Name
     evaluates: bool = False
 
 
@@ -142,8 +216,8 @@ class Gate(Message, frozen=True):
     is_open: bool
     host: str = ""
     """Another one for each host of an endpoint, whose epochs begin anew."""
-    lineage: int = 0
-    step: int = 0
+    lineage: Count = 0
+    step: Count = 0
     evaluate: bool = False
     """Evaluate this version now; the host holds it until `Evaluated` or a deadline."""
 
@@ -157,17 +231,25 @@ class Drained(Message, frozen=True):
 class Evaluated(Message, frozen=True):
     """The evaluation of policy step `step` is done."""
 
-    step: int
+    step: Count
 
 
 AnyMessage = (
-    Hello | Beat | AskLease | Leased | NoLease | PutTree | GiveUp | Ack | Nack
-    | AskBatch | Batch | NoBatch | Published | Retired | Join | Gate | Drained | Evaluated
+    Hello | Beat | Beating | AskLease | Leased | NoLease | PutTree | GiveUp | Ack | Nack
+    | AskBatch | Batch | NoBatch | Trained | Published | Retired | Join | Gate | Drained | Evaluated
 )  # fmt: skip
 
 M = TypeVar("M", bound=Message)
 
+
+class _Numbered(msgspec.Struct, frozen=True):
+    """What of a message is read where the rest cannot be."""
+
+    request: int = 0
+
+
 _encoder = msgspec.msgpack.Encoder()
+_number_decoder = msgspec.msgpack.Decoder(_Numbered)
 _decoder: msgspec.msgpack.Decoder[AnyMessage] = msgspec.msgpack.Decoder(AnyMessage)
 
 
@@ -186,12 +268,28 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode(frame: bytes) -> AnyMessage:
+def request_of(frame: bytes) -> int:
+    """The number of a request that `decode` refuses, so that its sender can be told; 0 where there is none."""
+    if len(frame) > MAX_MESSAGE_BYTES:
+        return 0
+    try:
+        return _number_decoder.decode(frame).request
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return 0
+
+
+def decode(frame: bytes, *, max_bytes: int | None = MAX_MESSAGE_BYTES) -> AnyMessage:
     """The message in `frame`.
 
+    Args:
+        frame: the first of those that arrived.
+        max_bytes: largest one that is looked at; None for an answer, which comes from whom the reader chose to ask.
+
     Raises:
-        WireError: it is none of `AnyMessage`, or has unknown, missing or mistyped fields.
+        WireError: it is none of `AnyMessage`, is too large, or has unknown, missing or mistyped fields.
     """
+    if max_bytes is not None and len(frame) > max_bytes:
+        raise WireError(f"message: it has {len(frame)} bytes, at most {max_bytes} are read")
     try:
         return _decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -1,7 +1,7 @@
 import asyncio
 
 from tests.fakes import running, until
-from treepo_async.actor.turns import Turns
+from treepo_async.engine.turns import Turns
 
 
 async def hold(turn, log, name, release):
