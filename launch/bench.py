@@ -1,4 +1,4 @@
-"""`python launch/bench.py http|sampling|learner|curves [key=value ...]`: measure the engine, sampling or training with trees.
+"""`python launch/bench.py http|sampling|learner|queue|curves [key=value ...]`: measure engine, sampling, training or the queue.
 
 `http [requests=640]`: what a request to the engine costs outside of the engine.
 `sampling [depth=7] [segment=16] [width=16,64] [branch=2] [prompt=256] [prompts=8] [pairs=5] [layers=8] [hidden=512]
@@ -6,6 +6,8 @@
 `learner [branching=early,spread,late,treepo] [width=8,16,64] [depth=7] [segment=32] [prompt=32] [prompts=1] [trees=FILE]
 [shape=cpu] [dtype=float32] [attention=auto] [recompute=none] [budget=4096] [rounds=5] [out=DIR]`: tree-packed against flat and
 padded training of the same trees, made ones or those of a file.
+`queue [tokens=65536,4096] [segment=256] [burst=256] [window=16] [peers=4] [rounds=7] [actors=256] [seconds=10] [trees=0] [out=DIR]`: what the
+wire and the disk of the replay queue take; with `trees=1000000` its memory over so many trees instead.
 `curves ARM=RUN,RUN... [out=DIR]`: held-out accuracy of runs side by side, over decoded tokens and over updates.
 """
 
@@ -57,6 +59,10 @@ def _run(words: list[str]) -> int:
             from treepo_async.bench import learner  # starts Megatron, which takes a while
 
             learner.compare(options, _say)
+        case ["queue", *rest]:
+            from treepo_async.bench import queue, queue_cells
+
+            queue.compare(queue_cells.parse(rest), _say)
         case ["curves", *rest]:
             from treepo_async.bench import curves
 
