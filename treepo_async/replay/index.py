@@ -28,7 +28,7 @@ from treepo_async.replay.state import Counts, QueueState, StepRow, row_of
 
 FORMAT = "2"
 """Of index and log together."""
-_KEPT = (*LIVE, State.CONSUMED)
+_KEPT = ", ".join(f"'{state}'" for state in (*LIVE, State.CONSUMED))
 _ERRORS = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR: errno.EIO,
@@ -87,13 +87,11 @@ class Index:
 
     def leases(self) -> list[Row]:
         """Every prompt ever leased, by prompt index."""
-        rows = self._rows("leases", "order by prompt_index")
-        return [row_of((*row[:4], json.loads(row[4]), *row[5:])) for row in rows]
+        return self._leases("order by prompt_index")
 
     def given_up(self) -> list[Row]:
         """Every prompt that was quarantined, by prompt index."""
-        rows = self._rows("leases", f"where state = '{State.QUARANTINED}' order by prompt_index")
-        return [row_of((*row[:4], json.loads(row[4]), *row[5:])) for row in rows]
+        return self._leases(f"where state = '{State.QUARANTINED}' order by prompt_index")
 
     def trees(self) -> list[TreeRow]:
         """The trees that are kept, by prompt index."""
@@ -121,13 +119,12 @@ class Index:
         """
         meta = self.meta()
         counts = Counts.parse(meta["counts"]) if "counts" in meta else Counts()
-        names = ", ".join(f"'{state}'" for state in _KEPT)
-        where = f"where state in ({names}) or step >= ? order by prompt_index"
-        rows = self._rows("leases", where, counts.num_retired)
+        where = f"where state in ({_KEPT}) or step >= ? order by prompt_index"
+        rows = self._leases(where, counts.num_retired)
         steps = self._rows("steps", "where step >= ? order by step, lineage", counts.num_retired)
         state = QueueState(
             counts,
-            tuple(row_of((*row[:4], json.loads(row[4]), *row[5:])) for row in rows),
+            tuple(rows),
             tuple(StepRow(*row) for row in steps),
         )
         state.check()
@@ -171,8 +168,7 @@ class Index:
 
     def restore(self, snapshot: Note, segment: int, offset: int) -> None:
         """Take over a whole state; of the account only what has ended stays. Within a transaction."""
-        names = ", ".join(f"'{state}'" for state in _KEPT)
-        self._database.execute(f"delete from leases where state in ({names})")
+        self._database.execute(f"delete from leases where state in ({_KEPT})")
         self._database.execute("delete from trees")
         self.apply(snapshot, segment, offset)
 
@@ -205,6 +201,10 @@ class Index:
             if _digest(row[:-1]) != row[-1]:
                 raise DataError(f"the index is damaged: a row of {table} begins with {row[0]}")
         return [row[:-1] for row in rows]
+
+    def _leases(self, where: str, *values: int) -> list[Row]:
+        rows = self._rows("leases", where, *values)
+        return [row_of((*row[:4], json.loads(row[4]), *row[5:])) for row in rows]
 
     def _put(self, table: str, rows: Iterable[Sequence[Any]]) -> None:
         marks = ", ".join("?" * (2 + _TABLES[table].count(",")))

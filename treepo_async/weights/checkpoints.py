@@ -25,7 +25,7 @@ from typing import Any, Self
 from treepo_async import chaos
 from treepo_async.errors import WeightsError
 from treepo_async.types import PolicyVersion
-from treepo_async.weights.durable import make_folder, publish_folder
+from treepo_async.weights.durable import make_folder, publish_folder, spared
 from treepo_async.weights.manifest import MANIFEST_FILE, UNREADABLE
 from treepo_async.weights.store import (
     Apart,
@@ -156,7 +156,7 @@ class CheckpointStore:
             raise WeightsError(f"{final} is there already and never rewritten")
         with self._told(final, temporary):
             make_folder(self.folder)
-        with self._spared():
+        with spared(self._unremoved):
             remove_leftovers(self.folder)
         with self._told(final, temporary):
             temporary.mkdir()
@@ -239,7 +239,7 @@ class CheckpointStore:
             (temporary / MANIFEST_FILE).write_text(json.dumps(manifest))
             publish_folder(temporary, final)
         # the checkpoint is safe: nothing from here on may fail the save
-        with self._spared():
+        with spared(self._unremoved):
             self._whole[state.policy_version] = _stamp(final)
             self._remove_old()
 
@@ -248,7 +248,7 @@ class CheckpointStore:
         num_whole = 0
         for version in reversed(self.versions()):
             if num_whole >= self._keep:
-                with self._spared():
+                with spared(self._unremoved):
                     hidden = self.folder / f".old-{version}"
                     (self.folder / str(version)).rename(hidden)
                     self._whole.pop(version, None)
@@ -266,14 +266,6 @@ class CheckpointStore:
         except (WeightsError, OSError):
             return False
         return True
-
-    @contextlib.contextmanager
-    def _spared(self) -> Iterator[None]:
-        """Tell of what cannot be removed, and go on."""
-        try:
-            yield
-        except OSError as error:
-            self._unremoved(error)
 
     @contextlib.contextmanager
     def _told(self, final: Path, temporary: Path) -> Iterator[None]:

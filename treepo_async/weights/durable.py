@@ -1,5 +1,7 @@
 """Folders that are there as a whole or not at all, also after a power cut. Neighbours: `checkpoints` and `export` write them."""
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from treepo_async.wire.whole_file import sync
@@ -26,3 +28,12 @@ def publish_folder(temporary: Path, final: Path) -> None:
     sync(temporary)
     temporary.rename(final)
     sync(final.absolute().parent)
+
+
+@contextlib.contextmanager
+def spared(unremoved: Callable[[OSError], None]) -> Iterator[None]:
+    """Tell of what cannot be removed, and go on: what was published is safe without it."""
+    try:
+        yield
+    except OSError as error:
+        unremoved(error)

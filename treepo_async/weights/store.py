@@ -5,16 +5,16 @@ followed by a later one is refused. What cannot be removed is told of and tried 
 none.
 """
 
-import contextlib
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from treepo_async import chaos
 from treepo_async.errors import WeightsError
 from treepo_async.types import PolicyVersion
+from treepo_async.weights.durable import spared
 from treepo_async.weights.manifest import (
     WEIGHTS_FILE,
     Manifest,
@@ -101,7 +101,7 @@ class WeightStore:
             raise WeightsError(
                 f"{self.path(version)} is not published: lineage {version.lineage} was rolled back, {newest} is there"
             )
-        with self._spared():
+        with spared(self._unremoved):
             remove_leftovers(self.folder)
         temporary = self.folder / f".{version}"
         temporary.mkdir()
@@ -119,7 +119,7 @@ class WeightStore:
             ).write(temporary)
             temporary.rename(self.path(version))
             # engines may have it: nothing from here on may fail the publication
-            with self._spared():
+            with spared(self._unremoved):
                 self._remove_old()
 
         apart(write)
@@ -160,22 +160,14 @@ class WeightStore:
     def _remove_old(self) -> None:
         old = self.versions()[: -self._keep]
         marked = [v for v in old if self._must_be_seen(v)] if self._keep_marked else []
-        spared = marked[-self._keep_marked :]
+        to_evaluate = marked[-self._keep_marked :]
         for version in old:
-            if version in spared:
+            if version in to_evaluate:
                 continue
-            with self._spared():
+            with spared(self._unremoved):
                 hidden = self.folder / f".old-{version}"
                 self.path(version).rename(hidden)
                 shutil.rmtree(hidden)
-
-    @contextlib.contextmanager
-    def _spared(self) -> Iterator[None]:
-        """Tell of what cannot be removed, and go on."""
-        try:
-            yield
-        except OSError as error:
-            self._unremoved(error)
 
 
 def versions_in(folder: Path) -> list[PolicyVersion]:
