@@ -107,7 +107,10 @@ def test_a_later_file_wins_over_an_earlier_one(tmp_path):
         ("replay.max_stalenes=3", "did you mean replay.max_staleness?"),
         ("width=8", "did you mean tree.width?"),
         ("lr=1", "did you mean learner.lr?"),
-        ("cpu_threads=2", "did you mean actor.cpu_threads or learner.cpu_threads?"),
+        (
+            "cpu_threads=2",
+            "did you mean engine.cpu_threads or actor.cpu_threads or learner.cpu_threads?",
+        ),
         ("zzzz=1", "unknown key zzzz; see --help for the keys"),
         ("tree=5", "tree is a section, set one of its keys, e.g. tree.segment_tokens"),
         ("tree={widht: 8}", "unknown key tree.widht; did you mean tree.width?"),

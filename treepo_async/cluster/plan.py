@@ -5,15 +5,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from treepo_async.cluster.role import RoleSpec
+from treepo_async.config.cores import parse_cores
 from treepo_async.config.limits import response_limit
 from treepo_async.config.schema import Config
-from treepo_async.config.wiring import Wiring
+from treepo_async.config.wiring import EngineAddress, Wiring
 from treepo_async.process import free_ports
 from treepo_async.types import Prompt
 
 ROLE_RESTARTS = 3
 """Of each role, after it was killed."""
 PROMPT_CHARACTERS = 80
+MAX_ENGINES = 4
+"""That an actor uses if `actor.engines` does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,6 @@ def make_plan(
     """
     run_id = secrets.token_hex(4)
     num_engines, num_actors = sizes(config)
-    keys_dir = config.cluster.keys_dir
     replay_port, *engine_ports = free_ports(1 + 2 * max(1, num_engines))
     shared = Wiring(
         run_id=run_id,
@@ -59,34 +61,57 @@ def make_plan(
         role="",
         lineage=lineage,
         resume_step=resume_step,
-        keys_dir=None if keys_dir is None else str(Path(keys_dir).resolve()),
+        keys_dir=_resolved(config.cluster.keys_dir),
+        publications_dir=_resolved(config.weights.dir),
     )
+    engines = [
+        EngineAddress(f"http://127.0.0.1:{port}", f"tcp://{config.cluster.host}:{gate}")
+        for gate, port in zip(engine_ports[::2], engine_ports[1::2], strict=True)
+    ]
+    num_used = min(config.actor.engines or MAX_ENGINES, len(engines))
 
-    def role(kind: str, index: int, cpu_threads: int = 1) -> RoleSpec:
-        name, engine = f"{kind}-{index}", index % max(1, num_engines)
-        gate_port, engine_port = engine_ports[2 * engine : 2 * engine + 2]
+    def role(kind: str, index: int, cpu_threads: int = 1, cores: str | None = None) -> RoleSpec:
+        name, home = f"{kind}-{index}", index % len(engines)
         wiring = replace(
             shared,
             role=name,
             index=index,
-            gate_endpoint=f"tcp://{config.cluster.host}:{gate_port}",
-            engine_url=f"http://127.0.0.1:{engine_port}",
+            gate_endpoint=engines[home].gate_endpoint,
+            engine_url=engines[home].url,
+            engines=tuple((engines[home:] + engines[:home])[:num_used]),
         )
-        is_actor = kind == "actor"
-        return RoleSpec(name, kind, wiring, cpu_threads, ROLE_RESTARTS, survives_failure=is_actor)
+        return RoleSpec(
+            name,
+            kind,
+            wiring,
+            cpu_threads,
+            ROLE_RESTARTS,
+            survives_failure=kind == "actor",
+            cores=frozenset() if cores is None else parse_cores(f"{kind}.cores", cores),
+        )
 
     return Plan(
         run_id,
         run_dir,
         model_dir,
         (
-            *(role("engine", i) for i in range(num_engines)),
-            role("learner", 0, config.learner.cpu_threads),
+            *(
+                role("engine", i, config.engine.cpu_threads, config.engine.cores)
+                for i in range(num_engines)
+            ),
+            role("learner", 0, config.learner.cpu_threads, config.learner.cores),
             role("replay", 0),
-            *(role("actor", i, config.actor.cpu_threads) for i in range(num_actors)),
+            *(
+                role("actor", i, config.actor.cpu_threads, config.actor.cores)
+                for i in range(num_actors)
+            ),
         ),
         resume_step,
     )
+
+
+def _resolved(folder: str | None) -> str | None:
+    return None if folder is None else str(Path(folder).resolve())
 
 
 def sizes(config: Config) -> tuple[int, int]:

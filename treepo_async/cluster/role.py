@@ -6,6 +6,7 @@ lives as long as the worker does: the process's parent-death signal follows that
 """
 
 import contextlib
+import os
 import subprocess
 import sys
 import threading
@@ -36,6 +37,8 @@ class RoleSpec:
     """How often it is started again after it was killed, without a new step of the run in between."""
     survives_failure: bool = False
     """Whether it is also started again when it ended by itself, with a reason."""
+    cores: frozenset[int] = frozenset()
+    """CPU cores it may run on; empty: any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,9 @@ class RoleHost:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        if self._spec.cores:
+            # before it has started a thread or a process of its own, which then inherit it
+            os.sched_setaffinity(self._child.pid, self._spec.cores)
         self._reader = threading.Thread(target=self._read, args=(self._child,), daemon=True)
         self._reader.start()
         return self._child.pid

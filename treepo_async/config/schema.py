@@ -64,6 +64,8 @@ MASKS = ("geometric", "window", "k3", "veto_token", "veto_segment", "veto_subtre
 """Rules that leave tokens out; `learner.loss.mask` says what each is."""
 PROXIMALS = ("auto", "current", "recomputed", "interpolated")
 """What the clip range is centred on; `learner.loss.proximal` says what each is."""
+TRANSPORTS = ("disk", "broadcast")
+"""How weights reach the engines; `weights` says what each needs."""
 DURABILITIES = ("disk", "memory")
 """Where accepted trees lie; `replay.store` says what each gives and gives up."""
 STALE_TREES = ("drop", "regrow")
@@ -250,11 +252,16 @@ class EngineConfig:
 
     url: str | None = knob(
         None,
-        "a running SGLang server, http://host:port, to use instead of starting one (launch/actor.py)",
+        "running SGLang servers, http://host:port, one or more joined by commas, to use instead of starting any",
     )
     api_key_file: str | None = knob(
         None,
         "file with the key that the server at engine.url asks for, readable by its owner alone",
+    )
+    tp: int = knob(1, "tensor parallel size of an engine: its GPUs", at_least=1)
+    cpu_threads: int = knob(1, "OMP threads of an engine without CUDA", at_least=1)
+    cores: str | None = knob(
+        None, "CPU cores of the engines' processes, e.g. 0 or 0,4-7; default: any"
     )
     max_total_tokens: int | None = knob(
         32768, "tokens of KV cache; null: SGLang sizes it from free memory", at_least=1
@@ -318,6 +325,13 @@ class ActorConfig:
         at_least=1,
     )
     cpu_threads: int = knob(1, "OMP threads of an actor", at_least=1)
+    cores: str | None = knob(None, "CPU cores of the actors, see engine.cores")
+    engines: int | None = knob(
+        None,
+        "engines that an actor uses, its home (actor i: engine i modulo engines) and those after it; default: all, at "
+        "most 4",
+        at_least=1,
+    )
 
 
 @dataclass
@@ -507,6 +521,7 @@ class LearnerConfig:
         600.0, "longest wait for one batch; the run ends beyond it", above=0
     )
     cpu_threads: int = knob(1, "torch threads of a rank", at_least=1)
+    cores: str | None = knob(None, "CPU cores of the ranks, see engine.cores")
     sequence_parallel: bool = knob(
         True, "tensor-parallel ranks also divide norms and residuals by tokens; acts with tp > 1"
     )
@@ -518,6 +533,24 @@ class LearnerConfig:
     max_restarts: int = knob(
         3, "starts of all ranks after one died, from the newest checkpoint", at_least=0
     )
+
+
+@dataclass
+class WeightsConfig:
+    """How the learner's weights reach the engines."""
+
+    transport: str = knob(
+        "disk",
+        "disk: a write-once folder that engines load, on a file system they share with the learner; broadcast: a "
+        "collective from the learner's ranks into each engine (gloo, NCCL with CUDA)",
+        choices=TRANSPORTS,
+    )
+    dir: str | None = knob(
+        None,
+        "folder of the publications, e.g. in /dev/shm on one machine; default: weights in run_dir",
+    )
+    bucket_bytes: int = knob(256 * 2**20, "tensors sent together by a broadcast", at_least=2**16)
+    timeout_s: float = knob(120.0, "one engine's part in a broadcast", above=0)
 
 
 @dataclass
@@ -547,6 +580,7 @@ class MetricsConfig:
     """What is recorded."""
 
     tensorboard: bool = knob(True, "write TensorBoard events beside metrics.jsonl")
+    trace: bool = knob(True, "keep the spans of all processes in trace.jsonl, for launch/trace.py")
     gap_alarm: float | None = knob(
         None,
         "alarm when log-probs of engine and learner differ by more nats at one version; default: 1e-4 with float32, "
@@ -560,7 +594,14 @@ class ClusterConfig:
     """Where processes run."""
 
     ray_address: str | None = knob(
-        None, "an existing Ray cluster; default: a local one for this run"
+        None, "an existing Ray cluster, host:port or auto; default: a local one for this run"
+    )
+    token_file: str | None = knob(
+        None,
+        "file with the token of that cluster (RAY_AUTH_MODE=token), readable by its owner alone",
+    )
+    runtime_env: str | None = knob(
+        None, "JSON or YAML file with Ray's runtime environment of every role, e.g. env_vars"
     )
     start_timeout_s: float = knob(240.0, "from launch until every role is ready", above=0)
     stop_timeout_s: float = knob(5.0, "for a role to end by itself before it is killed", above=0)
@@ -581,7 +622,7 @@ class Config:
     """A run. Sections are set as `section.key=value`."""
 
     actors: int = knob(2, "actor processes", at_least=1)
-    engines: int = knob(1, "SGLang servers; actor i uses engine i modulo engines", at_least=1)
+    engines: int = knob(1, "SGLang servers; see actor.engines", at_least=1)
     steps: int = knob(40, "batches to train on, learner.minibatches updates each", at_least=1)
     seed: int = knob(
         0,
@@ -603,6 +644,7 @@ class Config:
     actor: ActorConfig = field(default_factory=ActorConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

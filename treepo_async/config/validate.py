@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from operator import attrgetter
 
+from treepo_async.config.cores import parse_cores
 from treepo_async.config.layout import Layout
 from treepo_async.config.limits import response_limit
 from treepo_async.config.loss_rules import check_loss
@@ -71,6 +72,7 @@ def _check_values(config: AnyConfig) -> Iterator[str]:
 
 def _check_combinations(config: AnyConfig) -> Iterator[str]:
     tree = config.tree
+    yield from _check_cores(config)
     if not tree.first_fork_min <= tree.first_fork_max <= tree.width:
         yield (
             f"tree.first_fork_min={tree.first_fork_min}, tree.first_fork_max={tree.first_fork_max} and "
@@ -91,6 +93,16 @@ def _check_combinations(config: AnyConfig) -> Iterator[str]:
             "give tree.growth=barrier or tree.split=even"
         )
     yield from _check_pruning(config)
+
+
+def _check_cores(config: AnyConfig) -> Iterator[str]:
+    for key, _ in knobs(type(config)):
+        text = attrgetter(key)(config) if key.endswith(".cores") else None
+        if text is not None:
+            try:
+                parse_cores(key, text)
+            except ConfigError as error:
+                yield str(error)
 
 
 def _check_pruning(config: AnyConfig) -> Iterator[str]:
@@ -139,6 +151,8 @@ def _check_run(config: Config) -> Iterator[str]:
             f"engine.url={config.engine.url} is for launch/actor.py: a training run changes the weights of "
             "its engines, and starts them itself"
         )
+    if config.actor.engines is not None and config.actor.engines > config.engines:
+        yield f"actor.engines={config.actor.engines} is more than engines={config.engines}"
     yield from _check_deadlines(config)
     yield from _check_layout(learner.layout)
     yield from _check_host(config.cluster)

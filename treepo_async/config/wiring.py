@@ -15,6 +15,16 @@ POLICY_FILE = "policy_version"
 
 
 @dataclass(frozen=True, slots=True)
+class EngineAddress:
+    """Where an engine is."""
+
+    url: str
+    """Of its SGLang server."""
+    gate_endpoint: str
+    """Of its host's gate."""
+
+
+@dataclass(frozen=True, slots=True)
 class Wiring:
     """Everything a role needs to know that is no knob."""
 
@@ -24,6 +34,7 @@ class Wiring:
     """Folder of the initial model, with its tokenizer."""
     replay_endpoint: str
     gate_endpoint: str
+    """Of the role's own engine: the one that a host serves, or an actor's home."""
     engine_url: str
     role: str
     """Name of the process, e.g. `actor-0`."""
@@ -35,6 +46,20 @@ class Wiring:
     """Policy step of the checkpoint that this run goes on from; None for a fresh run."""
     keys_dir: str | None = None
     """Folder of the CURVE keys; see `wire.keys`."""
+    engines: tuple[EngineAddress, ...] = ()
+    """Those that an actor uses, its home first."""
+    weights_endpoint: str = ""
+    """Where the learner's rank 0 offers weights; empty where they go by a folder."""
+    publications_dir: str | None = None
+    """Folder of the publications; None: in the run's."""
+    address: str = "127.0.0.1"
+    """Of the role's node, as other nodes reach it."""
+    first_rank: int = 0
+    """Of the learner's ranks on this node."""
+    num_ranks: int | None = None
+    """Of the learner's ranks on this node; None: all."""
+    group_address: str = ""
+    """`host:port` where the learner of the first node leads those of the others; empty on one node."""
 
     @property
     def config_file(self) -> Path:
@@ -59,7 +84,7 @@ class Wiring:
     @property
     def weights_dir(self) -> Path:
         """Where the learner publishes and the engine host looks."""
-        return Path(self.run_dir) / "weights"
+        return Path(self.publications_dir or Path(self.run_dir) / "weights")
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -73,7 +98,9 @@ class Wiring:
     @classmethod
     def parse(cls, text: str) -> Self:
         """Read what `to_json` wrote."""
-        return cls(**json.loads(text))
+        said = json.loads(text)
+        engines = tuple(EngineAddress(**engine) for engine in said.pop("engines"))
+        return cls(**said, engines=engines)
 
 
 def digest_of(file: Path) -> str:

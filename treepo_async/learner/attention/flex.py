@@ -1,8 +1,8 @@
 """Tree attention for CUDA: PyTorch's FlexAttention over the tiles that are not empty.
 
 The kernel is compiled: for the first length it meets, then once for lengths in general. Going on without compilation would
-compute all pairs, so beyond `MOST_COMPILATIONS` it is an error. Neighbours: `tiles` finds the tiles, `plan` chooses the
-backend.
+compute all pairs, so beyond `MOST_COMPILATIONS` it is an error. Neighbours: `compiled` compiles, `tiles` finds the tiles,
+`plan` chooses the backend.
 
 Memory is O(T + tiles): `end`, and per tile four lists of an int32. A length that is no multiple of `TILE` is padded with tokens
 that see themselves only, which copies queries, keys and values; packing to `plan.alignment` avoids that.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from treepo_async.learner.attention.compiled import compiled
 from treepo_async.learner.attention.tiles import classify, listed
 
 TILE = 128
@@ -75,4 +76,4 @@ def _padded(end: Tensor, padding: int) -> Tensor:
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    return torch.compile(flex_attention, fullgraph=True, recompile_limit=MOST_COMPILATIONS)
+    return compiled(flex_attention, most=MOST_COMPILATIONS)
