@@ -8,7 +8,18 @@
 padded training of the same trees, made ones or those of a file.
 `queue [tokens=65536,4096] [segment=256] [burst=256] [window=16] [peers=4] [rounds=7] [actors=256] [seconds=10] [trees=0] [out=DIR]`: what the
 wire and the disk of the replay queue take; with `trees=1000000` its memory over so many trees instead.
+`async [backend=scripted|real|sim] [arms=sync2,sync,one_step,async,async_inflight,async_eager] [seeds=0,1,2] [staleness=4] [update=retract]
+[out=DIR]`: synchronous against asynchronous arms on the same configuration and seeds; `docs/async_benchmark.md` has the keys of each back end.
+`routing [actors=3] [concurrent=4] [trees=36] [rounds=3] [policies=prefix,random,round_robin] [updates=none,drain,retract] [layers=2]
+[hidden=128] [out=DIR]`: where the requests of uneven trees go with two engines.
+`weights [layers=10] [hidden=512] [rounds=7] [stages=1,2] [bucket=67108864] [folder=/dev/shm] [out=DIR]`: new weights into an engine by a
+folder and by broadcast, against a plain copy of the same bytes.
 `curves ARM=RUN,RUN... [out=DIR]`: held-out accuracy of runs side by side, over decoded tokens and over updates.
+`staleness RUN|DIR... [out=DIR]`: what staleness and corrections did to the learning of runs, mean and spread over seeds.
+`sim [actors=8,16,32,64,128,256,512,1024] [out=DIR]`: how far a run can grow, simulated; `sim calibrate=RUN predict=RUN,RUN`: what a real run
+predicts for others; `sim validate=DIR`: the same with three runs that are made there.
+`sweep KEY=VALUE,VALUE ... out=DIR ["keys=KEY=VALUE ..."] [warm=tiny] [url=URL] [ray=ADDRESS]`: a run for each combination.
+`guard [only=NAME,NAME] [update=RUNS]`: whether a part has become slower than `baselines.json` allows.
 """
 
 import asyncio
@@ -35,43 +46,121 @@ def main(words: list[str]) -> int:
         return EXIT_FAILED
     except KeyboardInterrupt:
         # the others keep nothing of what they measured
-        goes_on = words[:1] in (["sampling"], ["learner"])
+        goes_on = words[:1] in (["sampling"], ["learner"], ["async"], ["sweep"])
         again = "; the same command goes on with what is missing" if goes_on else ""
         print(f"stopped{again}", file=sys.stderr)
         return EXIT_STOPPED
 
 
 def _run(words: list[str]) -> int:
-    # imported where they are asked for, because each needs other packages than the others
-    match words:
-        case ["http", *rest]:
-            from treepo_async.bench import http
-
-            asyncio.run(http.measure(http.parse(rest), CACHE_DIR, _say))
-        case ["sampling", *rest]:
-            from treepo_async.bench import command, sampling
-
-            asyncio.run(sampling.compare(command.parse(rest), CACHE_DIR, _say))
-        case ["learner", *rest]:
-            from treepo_async.bench import learner_cells
-
-            options = learner_cells.parse(rest)
-            from treepo_async.bench import learner  # starts Megatron, which takes a while
-
-            learner.compare(options, _say)
-        case ["queue", *rest]:
-            from treepo_async.bench import queue, queue_cells
-
-            queue.compare(queue_cells.parse(rest), _say)
-        case ["curves", *rest]:
-            from treepo_async.bench import curves
-
-            arms, out = curves.parse(rest)
-            print(curves.write(arms, out), end="")
-        case _:
-            print(__doc__, file=sys.stderr)
-            return EXIT_BAD_USE
+    bench = BENCHES.get(words[0]) if words else None
+    if bench is None:
+        print(__doc__, file=sys.stderr)
+        return EXIT_BAD_USE
+    bench(words[1:])
     return 0
+
+
+# each imports what it needs, because each needs other packages than the others
+
+
+def _http(words: list[str]) -> None:
+    from treepo_async.bench import http
+
+    asyncio.run(http.measure(http.parse(words), CACHE_DIR, _say))
+
+
+def _sampling(words: list[str]) -> None:
+    from treepo_async.bench import command, sampling
+
+    asyncio.run(sampling.compare(command.parse(words), CACHE_DIR, _say))
+
+
+def _learner(words: list[str]) -> None:
+    from treepo_async.bench import learner_cells
+
+    options = learner_cells.parse(words)
+    from treepo_async.bench import learner  # starts Megatron, which takes a while
+
+    learner.compare(options, _say)
+
+
+def _queue(words: list[str]) -> None:
+    from treepo_async.bench import queue, queue_cells
+
+    queue.compare(queue_cells.parse(words), _say)
+
+
+def _async(words: list[str]) -> None:
+    from treepo_async.bench import async_cells, async_compare
+
+    async_compare.compare(async_cells.parse(words), _say)
+
+
+def _routing(words: list[str]) -> None:
+    from treepo_async.bench import routing, routing_cells
+
+    asyncio.run(routing.compare(routing_cells.parse(words), CACHE_DIR, _say))
+
+
+def _weights(words: list[str]) -> None:
+    from treepo_async.bench import weights, weights_cells
+
+    asyncio.run(weights.compare(weights_cells.parse(words), CACHE_DIR, _say))
+
+
+def _curves(words: list[str]) -> None:
+    from treepo_async.bench import curves
+
+    arms, out = curves.parse(words)
+    print(curves.write(arms, out), end="")
+
+
+def _staleness(words: list[str]) -> None:
+    from treepo_async.bench import staleness
+
+    folders, out = staleness.parse(words)
+    print(staleness.write(folders, out), end="")
+
+
+def _sim(words: list[str]) -> None:
+    from treepo_async.bench import cell_runs, sim
+
+    sim.simulate(sim.parse(words), cell_runs.launch, _say)
+
+
+def _sweep(words: list[str]) -> None:
+    from treepo_async.bench import cell_runs, sweep
+
+    asked = sweep.parse(words)
+    if not asked.model:
+        sweep.run(asked, cell_runs.launch, _say)
+        return
+    from treepo_async.bench import sweep_warm
+
+    asyncio.run(sweep_warm.run_warm(asked, CACHE_DIR, cell_runs.launch, _say))
+
+
+def _guard(words: list[str]) -> None:
+    from treepo_async.bench import guard, guard_checks
+
+    guard.guard(guard_checks.all_checks(), guard.parse(words), _say)
+
+
+BENCHES = {
+    "http": _http,
+    "sampling": _sampling,
+    "learner": _learner,
+    "queue": _queue,
+    "async": _async,
+    "routing": _routing,
+    "weights": _weights,
+    "curves": _curves,
+    "staleness": _staleness,
+    "sim": _sim,
+    "sweep": _sweep,
+    "guard": _guard,
+}
 
 
 def _say(line: str) -> None:

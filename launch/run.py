@@ -1,7 +1,7 @@
-"""`python launch/run.py [config=NAME|FILE] [key=value ...] [--dry-run [--gpu-gib=80]]`: train.
+"""`python launch/run.py [config=NAME|FILE] [key=value ...] [--dry-run [--gpu-gib=80] [--nodes=4x8]]`: train.
 
 `--help` lists every key. Nothing heavy is imported before the command line has been checked. A dry run prints the plan and what it
-needs of memory; of the model it needs config.json alone, and neither a GPU nor the network.
+needs of memory, and with `--nodes` who would run where; of the model it needs config.json alone, and neither a GPU nor the network.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from treepo_async.cluster.plan import Plan
 
 EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_STOPPED = 1, 2, 130
-FLAGS = DRY_RUN, GPU_GIB = "--dry-run", "--gpu-gib="
+FLAGS = DRY_RUN, GPU_GIB, NODES = "--dry-run", "--gpu-gib=", "--nodes="
 
 
 def main(words: list[str]) -> int:
@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
         config = parse_resumed([word for word in words if not word.startswith(FLAGS)])
         if DRY_RUN in words:
             return plan_only(config, words)
-        _refuse_gpu_gib(words)
+        _refuse_what_if(words)
         return train(config)
     except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -49,9 +49,16 @@ def main(words: list[str]) -> int:
         return EXIT_STOPPED
 
 
-def _refuse_gpu_gib(words: list[str]) -> None:
-    if any(word.startswith(GPU_GIB) for word in words):
-        raise ConfigError(f"{GPU_GIB}... is for {DRY_RUN}; leave it out, or add {DRY_RUN}")
+def _refuse_what_if(words: list[str]) -> None:
+    for flag in (GPU_GIB, NODES):
+        if _value_of(flag, words) is not None:
+            raise ConfigError(f"{flag}... is for {DRY_RUN}; leave it out, or add {DRY_RUN}")
+
+
+def _value_of(flag: str, words: list[str]) -> str | None:
+    """Of a flag, as it was given last."""
+    given = [word.removeprefix(flag) for word in words if word.startswith(flag)]
+    return given[-1] if given else None
 
 
 def plan_only(config: Config, words: list[str]) -> int:
@@ -59,10 +66,10 @@ def plan_only(config: Config, words: list[str]) -> int:
     from treepo_async.cluster.dry_run import dry_run
     from treepo_async.cluster.forecast import parse_gpu_gib
 
-    asked = [word.removeprefix(GPU_GIB) for word in words if word.startswith(GPU_GIB)]
-    gpu_gib = parse_gpu_gib(asked[-1]) if asked else None
+    asked = _value_of(GPU_GIB, words)
+    gpu_gib = None if asked is None else parse_gpu_gib(asked)
     with progress_bar("warm start of the tiny model") as report:
-        print(dry_run(config, gpu_gib=gpu_gib, report=report))
+        print(dry_run(config, gpu_gib=gpu_gib, report=report, nodes=_value_of(NODES, words)))
     return 0
 
 

@@ -11,8 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 from treepo_async.process import free_ports
+
+# how long an example takes on a busy machine says nothing about it
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 ROOT = Path(__file__).resolve().parents[1]
 NOMINAL_START_S = 30.0

@@ -26,6 +26,7 @@ from treepo_async.engine.answer import Completion, Watch
 from treepo_async.engine.client import SamplingSettings
 from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
+from treepo_async.engine.routing import Place
 from treepo_async.engine.server import Server, ServerOptions
 from treepo_async.errors import EngineError
 from treepo_async.metrics.events import parse
@@ -170,9 +171,10 @@ class ScriptedEngine:
 
     async def warm(
         self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
-    ) -> None:
+    ) -> str:
         """See `EngineClient.warm`."""
         self.warmed.append(list(prefix))
+        return ""
 
     async def extend(
         self,
@@ -185,6 +187,7 @@ class ScriptedEngine:
         is_cached: bool = True,
         watch: Watch | None = None,
         arrived: dict[int, Completion] | None = None,
+        home: Place | None = None,
     ) -> list[Completion]:
         """See `EngineClient.extend`; a watch looks at the first token and after every `every_tokens` more."""
         prefix, call, is_watched = list(prefix), len(self.requests), watch is not None
@@ -479,7 +482,7 @@ class FakeSGLang:
         return web.json_response({"loads": [load]})
 
     async def _ready(self, _: web.Request) -> web.Response:
-        return web.Response()
+        return web.Response(status=503 if self.paused else 200)
 
     async def _model_info(self, _: web.Request) -> web.Response:
         said = {"model_path": "a/model", "weight_version": self.version, "is_generation": True}

@@ -18,6 +18,7 @@ from treepo_async.config.schema import (
     PROXIMALS,
 )
 from treepo_async.learner.loss.result import ROW_MEANS
+from treepo_async.metrics.categories import KINDS, Category
 from treepo_async.metrics.record import EVAL_NAMES, STEP_TABLES, Recorder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,13 +63,23 @@ def test_every_metric_is_documented_and_every_documented_metric_exists():
         for name in re.findall(r"`([^`]+)`", row)
     }
     written = {name for name in _record() if "/" in name}
-    families = ("leases/", "trees/", "time/", "lag/", "level/")
+    families = ("leases/", "trees/", "time/", "lag/", "level/", "ledger/")
     assert {n for n in written if not n.startswith(families)} == {
         n for n in documented if not n.startswith(families)
     }
     assert {n for n in written if n.startswith("time/")} <= documented
     rows = {f"{axis}/.../{name}" for axis in STEP_TABLES for name in ("tokens", "ess", *ROW_MEANS)}
     assert rows == {n for n in documented if n.startswith(("lag/", "level/"))}
+    shares = {f"ledger/.../{category}" for category in Category}
+    assert shares == {n for n in documented if n.startswith("ledger/")}
+
+
+def test_every_category_and_kind_of_the_time_ledger_is_in_its_table():
+    text = (ROOT / "docs" / "metrics.md").read_text().partition("## The time ledger")[2]
+    header = next(line for line in text.splitlines() if line.startswith("| category |"))
+    assert [cell.split()[0] for cell in header.strip("| ").split(" | ")[1:]] == list(KINDS)
+    rows = re.findall(r"^\| (\w+) \|", text.partition("## The trace")[0], re.MULTILINE)
+    assert rows[1:] == list(Category)
 
 
 def test_every_estimator_is_documented_with_the_values_of_the_example():
@@ -111,7 +122,7 @@ class _Anything(dict):
 
 
 def _record():
-    seconds = dict.fromkeys(("wait_batch", "train", "publish", "other", "wall"), 1.0)
+    seconds = dict.fromkeys(("wait_batch", "train", "ack", "publish", "other", "wall"), 1.0)
     recorder = Recorder()
     recorder.tree(_Anything(outcome="accepted"))
     recorder.engine(_Anything())

@@ -9,6 +9,7 @@ TreepoError
 ├── EngineError        the inference engine answered wrongly or not at all
 ├── WeightsError       a publication that must not reach an engine, or an engine with the wrong weights
 ├── DeadlineError      a wait that outlived its deadline; names the wait and its owner
+│   └── ClosedError         a gate that let no request pass in time: nothing was sent
 └── RoleError          a process of the run died for good; carries its last lines
 
 Messages name the key or field, the value found, and the way out.
@@ -74,6 +75,10 @@ class DeadlineError(TreepoError, TimeoutError):
     def __init__(self, wait: str, owner: str, seconds: float, refusal: str = "") -> None:
         super().__init__(f"waited {seconds:g} s for {wait}; {owner} should have ended it")
         self.refusal = refusal
+
+
+class ClosedError(DeadlineError):
+    """A gate did not let a request pass in time: nothing was sent."""
 
 
 class RoleError(TreepoError, RuntimeError):

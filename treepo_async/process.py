@@ -143,11 +143,15 @@ def kill_recorded(file: Path) -> int:
     return num_killed
 
 
-def free_ports(count: int) -> list[int]:
-    """Different loopback ports that were free a moment ago, none of which the kernel hands out by itself.
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different ports of an address that were free a moment ago, none of which the kernel hands out by itself.
 
     A port of the kernel's own range may become the end of any connection, or the listener of a library that asks for
     just any port, before the process that it was chosen for has bound it.
+
+    Args:
+        count: how many.
+        host: an address of this machine.
 
     Raises:
         OSError: there are not as many.
@@ -159,7 +163,7 @@ def free_ports(count: int) -> list[int]:
         if len(found) == count:
             break
         with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+            probe.bind((host, port))
             found.append(port)
     if len(found) < count:
         raise OSError(f"{len(found)} ports from {FIRST_PORT} on are free, {count} are needed")

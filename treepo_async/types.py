@@ -144,6 +144,16 @@ class Provenance:
     grow_s: float = 0.0
     overhead_s: float = 0.0
     """Time of all requests outside of the server, summed."""
+    num_children: int = 0
+    """Runs that continued a segment of the tree, and so had a prefix on some engine."""
+    num_spilled: int = 0
+    """Those that another engine took, as that one had too much to do."""
+    num_migrated: int = 0
+    """Those that another engine took, as that one was out."""
+    moved_tokens: int = 0
+    """Prefix tokens computed again for these."""
+    refilled_tokens: int = 0
+    """Prefix tokens that an engine computed again for children since it had got other weights."""
     notes: tuple[str, ...] = ()
     """Anything that makes the tree differ from its rules, e.g. fewer leaves than its width."""
 

@@ -1,6 +1,7 @@
 import asyncio
 import contextlib
 import math
+import time
 from dataclasses import replace
 
 import pytest
@@ -302,3 +303,53 @@ async def test_an_actor_of_another_run_is_turned_away():
     ):
         with pytest.raises(RefusedError, match="is of run other"):
             await ReplayClient(requester).hello(Hello(name="actor-0", run_id="other"), timeout_s=5)
+
+
+SCORE_S = 0.06
+
+
+def slow_scorer(*_):
+    """A leaf of six takes its part of `SCORE_S`."""
+    time.sleep(SCORE_S / 6)
+    return 1.0
+
+
+async def test_the_time_of_every_slot_is_booked_by_what_it_was_at():
+    released = asyncio.Event()
+    engine = ScriptedEngine(held={int(numbered_prompt(0).token_ids[0]): released})
+    async with (
+        serve_replay(num_batches=1) as (server, endpoint),
+        asyncio.timeout(RUN_S),
+        worker_on(endpoint, engine, scorer=slow_scorer) as worker,
+    ):
+        async with running(worker.run(concurrent_trees=3)):
+            await until(lambda: server.queue.ledger().get("accepted"))
+            await asyncio.sleep(0.3)
+            released.set()
+            await until(server.queue.is_finished)
+        reading = worker.slots.ledger.read()
+        rows, _ = worker.slots.ledger.take_rows()
+    assert sum(reading.seconds.values()) == pytest.approx(reading.wall)
+    # one slot of three was held that long
+    assert reading.seconds["grow"] > 0.3 / 3
+    assert reading.seconds["lease"] > 0
+    assert 0 < reading.seconds["put"] < reading.seconds["grow"]
+    assert reading.seconds["score"] > 2 * SCORE_S / 3
+    grown = [row.args for row in rows if row.name == "grow"]
+    assert sorted(words["lease"] for words in grown) == ["000000000", "000000001"]
+    assert {(words["leaves"], words["newest"]) for words in grown} == {(6, "0.0")}
+    assert {row.track for row in rows} <= {"slot-0", "slot-1", "slot-2"}
+
+
+async def test_a_lease_that_failed_is_back_at_replay_before_its_slot_backs_off():
+    engine = ScriptedEngine(failures={0: engine_failure()})
+    async with (
+        serve_replay() as (_, endpoint),
+        asyncio.timeout(RUN_S),
+        worker_on(endpoint, engine) as worker,
+    ):
+        await worker.run(concurrent_trees=1)
+        rows, _ = worker.slots.ledger.take_rows()
+    names = [row.name for row in rows if row.name != "score"]
+    assert names[:4] == ["lease", "grow", "put", "back_off"]
+    assert rows[2].args["reason"] == "EngineError"

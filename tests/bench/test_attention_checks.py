@@ -99,8 +99,15 @@ def test_pairs_are_counted_on_the_tokens_that_are_left_of_the_tree():
     ("words", "message"),
     [
         ([], "error: '' is no check; it is one of exactness, memory\n"),
-        (["memory", "sice=full"], "error: sice is an unknown key; the keys are backend, size, out"),
+        (
+            ["memory", "sice=full"],
+            "error: sice is an unknown key; the keys are backend, size, dtype, out",
+        ),
         (["memory", "size=tiny"], "error: size='tiny' is unknown; it is one of full, small\n"),
+        (
+            ["exactness", "dtype=half"],
+            "error: dtype='half' is unknown; it is one of float32, bfloat16, all",
+        ),
         (["memory", "backend=flax"], "error: learner.attention='flax' is unknown"),
     ],
 )

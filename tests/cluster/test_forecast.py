@@ -26,7 +26,7 @@ def forecast_of(*words, model=MODEL):
 
 def warned(forecast, device):
     """Warnings, without the one that every run with engines on GPUs has."""
-    return [text for text in warnings_of(forecast, device) if "placement" not in text]
+    return warnings_of(forecast, device)
 
 
 def rows(text):
@@ -83,12 +83,11 @@ def test_trees_from_a_file_are_not_forecast_from_how_trees_would_be_grown():
     assert totals[0] < totals[1]
 
 
-def test_engines_on_gpus_are_warned_of_as_nothing_places_them():
-    (warning,) = warnings_of(forecast_of(ROOMY), GPU)
-    assert warning.startswith("placement on GPUs is not built: every engine starts on GPU 0")
-    assert warnings_of(forecast_of(ROOMY), CPU) == []
-    offline = forecast_of("data.trees=t.jsonl", "eval.every=0")
-    assert warnings_of(offline, GPU) == []
+def test_an_engine_on_several_gpus_divides_weights_and_cache_over_them():
+    one, two = (forecast_of(f"engine.tp={tp}").engine(80 * GIB) for tp in (1, 2))
+    assert two.weights == one.weights // 2
+    assert two.kv_bytes_per_token == one.kv_bytes_per_token // 2
+    assert "3 GPUs: 1 for ranks, 2 for engines" in describe(forecast_of("engine.tp=2"), GPU)
 
 
 def test_the_default_run_has_nothing_to_warn_of():

@@ -178,3 +178,11 @@ def test_a_model_config_that_is_no_object_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=r"config\.json"):
         read_model_config(tmp_path)
+
+
+def test_the_key_of_an_engine_is_found_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url = "engine.url=http://127.0.0.1:30000"
+    for words, saved in (([], None), ([url, "engine.api_key_file=key"], str(tmp_path / "key"))):
+        make_run_dir(tmp_path / "run", parse(words), MODEL)
+        assert load(tmp_path / "run" / "config.yaml").engine.api_key_file == saved

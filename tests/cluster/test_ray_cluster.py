@@ -7,9 +7,10 @@ import psutil
 import pytest
 
 from treepo_async.cluster.plan import make_plan
-from treepo_async.cluster.ray_cluster import RayCluster, ray_cluster
+from treepo_async.cluster.ray_cluster import RayCluster, check_token_file, ray_cluster
 from treepo_async.cluster.role import RoleHost
 from treepo_async.config.schema import Config
+from treepo_async.errors import ConfigError
 
 SOON_S = 60.0
 
@@ -39,7 +40,7 @@ def variables():
 def test_a_cluster_runs_a_role_and_leaves_nothing_behind(tmp_path):
     plan = make_plan(Config(), run_dir=tmp_path / "no-run", model_dir=tmp_path)
     spec, before = plan.roles[-1], {process.pid for process in family()}
-    with ray_cluster(None, cache_dir=tmp_path / "cache", num_roles=1) as cluster:
+    with ray_cluster(None, cache_dir=tmp_path / "cache", num_cpus=1) as cluster:
         (temporary,) = temporary_folders()
         assert temporary.exists()
         host = cluster.ray.remote(num_cpus=0)(RoleHost).remote(spec, tmp_path / "actor.log")
@@ -64,3 +65,14 @@ def test_pids_that_cannot_be_written_down_end_no_run(tmp_path):
     again = RayCluster(None, cluster.record_file, reaper_pid=0)
     again.record()
     assert cluster.record_file.is_file()
+
+
+def test_a_token_that_others_can_read_is_refused_and_so_is_none(tmp_path):
+    file = tmp_path / "token"
+    with pytest.raises(ConfigError, match=r"cluster\.token_file=.*token is no file"):
+        check_token_file(str(file))
+    file.touch(mode=0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        check_token_file(str(file))
+    file.chmod(0o600)
+    assert check_token_file(str(file)) == file

@@ -91,11 +91,12 @@ def test_a_role_reports_its_events_serves_and_stops_in_order(spec, hosted, tmp_p
 
     host = hosted(spec)
     pid = host.start()
-    events, report = reports_until(host, lambda report: report.events)
-    assert events[0] == {"event": "ready"}
+    events, report = reports_until(host, lambda report: {"event": "ready"} in report.events)
+    assert events.count({"event": "ready"}) == 1
     assert report.exit_code is None
     again, _ = reports_until(host, lambda report: report.events)
-    assert {event["event"] for event in again} == {"queue"}, "each event is reported once"
+    assert again, "it goes on telling"
+    assert {"event": "ready"} not in again, "each event is reported once"
     environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     assert b"TREEPO_ROLE=replay-0" in environment
     assert isinstance(asyncio.run(greet(spec.wiring.replay_endpoint))[0], Ack)

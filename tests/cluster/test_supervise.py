@@ -60,9 +60,6 @@ class FakeRay:
     order: list = field(default_factory=list)
     exceptions = SimpleNamespace(RayError=RayError)
 
-    def remote(self, **_):
-        return lambda _cls: SimpleNamespace(remote=lambda spec, _log: self._handle(spec.name))
-
     def get(self, call, *, timeout):
         return call()
 
@@ -70,7 +67,7 @@ class FakeRay:
         for call in calls:
             call()
 
-    def _handle(self, name):
+    def handle(self, name):
         role = self.roles[name]
 
         def stop(timeout_s):
@@ -86,6 +83,27 @@ class FakeRay:
             report=SimpleNamespace(remote=lambda: role.report),
             stop=SimpleNamespace(remote=stop),
         )
+
+
+@dataclass
+class FakeHosts:
+    """Two nodes; the roles in `lost` are on the one that goes."""
+
+    handles: dict
+    ray: FakeRay
+    lost: set = field(default_factory=set)
+    moved: list = field(default_factory=list)
+
+    def node_of(self, name):
+        return "10.0.0.2" if name in self.lost else "10.0.0.1"
+
+    def is_lost(self, name):
+        return name in self.lost
+
+    def move(self, spec):
+        self.moved.append(spec.name)
+        self.lost.discard(spec.name)
+        return "10.0.0.1"
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +136,7 @@ class Driver:
         return [re.sub(r"^\[.{6} s\] ", "", line) for line in self.lines]
 
 
-def driver(tmp_path, *, rules=RULES, max_restarts=0, stall_s=60.0, **scripts):
+def driver(tmp_path, *, rules=RULES, max_restarts=0, stall_s=60.0, lost=(), **scripts):
     """A supervisor of an engine, a learner, a replay and an actor; `learner=[...]` scripts its reports.
 
     The actor may be started again once; the others `max_restarts` times, after they were killed. The pid of a role is
@@ -141,7 +159,8 @@ def driver(tmp_path, *, rules=RULES, max_restarts=0, stall_s=60.0, **scripts):
     plan = Plan("run", tmp_path, tmp_path, specs)
     log = SimpleNamespace(write=logged.append, close=lambda: None)
     narrator = Narrator(rules.num_steps, list(roles), [sink], log, lines.append, stall_s)
-    supervisor = Supervisor(cluster, plan, rules, narrator)
+    hosts = FakeHosts({name: ray.handle(name) for name in roles}, ray, lost=set(lost))
+    supervisor = Supervisor(cluster, plan, rules, narrator, hosts)
     return Driver(supervisor, roles, ray, lines, records, logged)
 
 
@@ -208,6 +227,7 @@ def test_trees_and_idleness_are_counted_into_the_step_they_came_before(tmp_path)
         "event": "tree",
         "actor": "actor-0",
         "outcome": "accepted",
+        "grow_s": 1.0,
         **dict.fromkeys(TREE_SUMS, 3),
     }
     load = {"event": "engine", "num_samples": 4, "num_idle": 1}
@@ -425,7 +445,8 @@ def test_the_loss_of_a_ray_worker_is_told_by_the_name_of_its_role(tmp_path):
     (tmp_path / "logs" / "engine-0.log").write_text("its last line\n")
     it = driver(tmp_path, engine=[says(READY), RayError("The actor died.\nmore")])
     with pytest.raises(
-        RoleError, match="engine-0 lost its Ray worker: RayError The actor died"
+        RoleError,
+        match=r"engine-0 lost its Ray worker on node 10\.0\.0\.1: RayError The actor died",
     ) as e:
         it.supervisor.run()
     assert e.value.tail == "its last line"
@@ -526,3 +547,109 @@ def test_each_evaluation_that_comes_gives_the_next_one_its_time(tmp_path, monkey
     it.supervisor.run()
     assert it.supervisor.narrator.evaluated_step == 2
     assert "ended without the evaluation of the last policy" not in it.text
+
+
+def ledger(begin, **seconds):
+    end = begin + sum(seconds.values())
+    return {
+        "event": "ledger",
+        "kind": "actor",
+        "pid": 1,
+        "begin": begin,
+        "end": end,
+        "seconds": seconds,
+    }
+
+
+def test_the_time_of_a_step_and_of_the_run_is_told_with_what_roles_say_while_they_end(tmp_path):
+    it = driver(
+        tmp_path,
+        actor=[says(READY, ledger(10.0, compute=1.5, wait_data=0.5)), says()],
+        learner=[says(READY), says(step(0)), says(DONE, exit_code=0)],
+        engine=[says(READY), says(), says(weights(1, 0.1)), says()],
+    )
+    actor = it.roles["actor-0"]
+
+    def stop(timeout_s):
+        actor.reports[-1].events[:] = [ledger(12.0, idle=2.0), {"event": "alarm", "alarm": "gone"}]
+
+    actor.stop = stop
+    it.supervisor.run()
+    (record,) = it.records
+    assert record["ledger/actor/compute"] == 0.75
+    lines = [event for event in it.logged if event["event"] == "ledger"]
+    assert [(line["role"], line["begin"], line["end"]) for line in lines] == [
+        ("actor-0", 10.0, 14.0)
+    ]
+    (total,) = [event for event in it.logged if event["event"] == "ledger_total"]
+    assert total["seconds"] == {"actor": {"compute": 1.5, "wait_data": 0.5, "idle": 2.0}}
+    assert it.lines[-1].split()[1:] == ["37.5", "12.5", "0.0", "0.0", "0.0", "0.0", "50.0", "4"]
+    assert "ALARM" not in "".join(it.lines), "that others have gone alarms nobody"
+
+
+def test_what_is_drawn_is_handed_on(tmp_path):
+    it = driver(tmp_path, learner=[says(READY, {"event": "spans", "rows": []}), says(DONE)])
+    drawn = SimpleNamespace(events=[], starts=[])
+    drawn.on_event = lambda role, event: drawn.events.append((role, event["event"]))
+    drawn.on_start = lambda role, pid: drawn.starts.append(role)
+    it.supervisor.narrator.trace = drawn
+    it.supervisor.run()
+    assert ("learner-0", "spans") in drawn.events
+    assert sorted(drawn.starts) == ["actor-0", "engine-0", "learner-0", "replay-0"]
+
+
+def test_an_actor_whose_node_is_gone_is_started_on_another_one(tmp_path):
+    it = driver(
+        tmp_path,
+        lost=["actor-0"],
+        actor=[says(READY), RayError("The node is dead"), says(READY), says()],
+        learner=[says(READY), *[says()] * 5, says(DONE, exit_code=0)],
+    )
+    assert it.supervisor.run() == "/run/model"
+    assert it.supervisor.hosts.moved == ["actor-0"]
+    assert it.roles["actor-0"].num_starts == 2
+    assert "actor-0 was lost with node 10.0.0.2; starting it on 10.0.0.1" in it.text
+
+
+def test_a_ray_worker_that_is_lost_on_a_living_node_ends_the_run(tmp_path):
+    it = driver(tmp_path, actor=[says(READY), RayError("The actor died"), says()])
+    with pytest.raises(RoleError, match="actor-0 lost its Ray worker on node"):
+        it.supervisor.run()
+    assert it.supervisor.hosts.moved == []
+
+
+@pytest.mark.parametrize("kind", ["engine", "learner", "replay"])
+def test_a_node_with_what_nobody_else_has_ends_the_run_by_its_address(tmp_path, kind):
+    scripts = {kind: [says(READY), RayError("The node is dead"), says()]}
+    it = driver(tmp_path, max_restarts=3, lost=[f"{kind}-0"], **scripts)
+    with pytest.raises(RoleError, match=rf"{kind}-0 lost its Ray worker on node 10\.0\.0\.2"):
+        it.supervisor.run()
+    assert it.supervisor.hosts.moved == []
+
+
+def test_an_engine_that_is_not_the_first_is_done_without_once_its_node_is_gone(tmp_path):
+    it = driver(
+        tmp_path,
+        lost=["engine-0"],
+        engine=[says(READY), RayError("The node is dead")],
+        learner=[says(READY), *[says()] * 5, says(DONE, exit_code=0)],
+    )
+    plan = it.supervisor.plan
+    second = replace(plan.roles[0], wiring=replace(plan.roles[0].wiring, index=1))
+    it.supervisor.plan = replace(plan, roles=(second, *plan.roles[1:]))
+    assert it.supervisor.run() == "/run/model"
+    assert "engine-0 was lost with node 10.0.0.2; going on without it" in it.text
+    assert "engine-0" not in it.ray.order
+
+
+def test_a_process_of_the_learner_that_follows_may_be_seen_to_end_before_the_leader(tmp_path):
+    it = driver(
+        tmp_path,
+        replay=[says(READY), says(exit_code=0), says(exit_code=0)],
+        learner=[says(READY), says(), says(), says(DONE, exit_code=0)],
+    )
+    plan = it.supervisor.plan
+    wiring = replace(plan.roles[2].wiring, first_rank=4)
+    follower = replace(plan.roles[2], module="learner", wiring=wiring)
+    it.supervisor.plan = replace(plan, roles=(*plan.roles[:2], follower, *plan.roles[3:]))
+    assert it.supervisor.run() == "/run/model"

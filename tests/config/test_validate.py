@@ -3,7 +3,9 @@ from operator import attrgetter
 
 import pytest
 
+from treepo_async.cluster.plan import sizes
 from treepo_async.config.command_line import parse, parse_generation
+from treepo_async.config.limits import engine_urls
 from treepo_async.config.schema import BUILT_IN, ESTIMATORS, LEAVE_ONE_OUT, Config, knobs
 from treepo_async.config.validate import validate
 from treepo_async.errors import ConfigError
@@ -172,9 +174,30 @@ def test_a_generation_that_cannot_be_done_is_refused_by_name(words, named):
     assert any(line.startswith(named) for line in str(caught.value).splitlines())
 
 
-def test_a_training_run_starts_its_engines_itself():
-    (message,) = refusals("engine.url=http://127.0.0.1:30000")
-    assert message.startswith("engine.url=http://127.0.0.1:30000 is for launch/actor.py")
+ONE, TWO = "http://127.0.0.1:30000", "https://engine.example:443"
+
+
+def test_a_run_may_use_servers_that_somebody_else_runs_and_has_as_many_engines():
+    config = parse([f"engine.url={ONE}/,{TWO}", "actor.engines=2"])
+    assert engine_urls(config.engine) == (ONE, TWO)
+    assert sizes(config)[0] == 2
+    assert engine_urls(parse([]).engine) == ()
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([f"engine.url={ONE},host:1"], "engine.url=host:1 is no http://host:port"),
+        ([f"engine.url={ONE},"], "engine.url= is no http://host:port"),
+        ([f"engine.url={ONE},{ONE}/"], f"engine.url={ONE},{ONE}/ names a server twice"),
+        ([f"engine.url={ONE},{TWO}", "engines=3"], "engines=3 are not the 2 of engine.url"),
+        ([f"engine.url={ONE}", "actor.engines=2"], "actor.engines=2 is more than engines=1"),
+        (["engine.api_key_file=key"], "engine.api_key_file is the key of the server at engine.url"),
+    ],
+)
+def test_servers_that_cannot_be_used_are_refused_by_name(words, named):
+    (message,) = refusals(*words)
+    assert message.startswith(named)
 
 
 @pytest.mark.parametrize(

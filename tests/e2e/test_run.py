@@ -1,15 +1,23 @@
 """One whole run with the real SGLang and the real Megatron-Core, looked at from every side."""
 
 import json
+from collections import Counter
 
 import numpy as np
 import pytest
 
+from tests.metrics.trace_rules import faults_of
 from tests.oracle import sequence_logprobs
+from treepo_async.cluster.verify import verify_run
 from treepo_async.config.command_line import load, parse
+from treepo_async.metrics.categories import Category
+from treepo_async.metrics.chrome_trace import chrome_trace
+from treepo_async.metrics.ledger_sums import totals
+from treepo_async.metrics.trace_log import read_trace
 from treepo_async.weights.manifest import Manifest
 
 STEPS, BATCH, MAX_STALENESS = 3, 16, 1
+OUTCOMES = ("accepted", "degenerate")
 WORDS = (f"steps={STEPS}", "eval.every=3", "actors=2")
 RUN_S = 240
 
@@ -143,6 +151,35 @@ def test_what_happened_is_kept_in_the_event_log(run):
     assert events.count(("engine-0", "weights")) == STEPS
     assert events.count(("actor-0", "eval")) == 2
     assert ("learner-0", "done") in events
+
+
+def test_the_time_of_every_process_is_booked_and_told(run, steps):
+    (verdict,) = [verdict for verdict in verify_run(run.run_dir) if verdict.name == "time"]
+    assert verdict.holds, verdict.text
+    sums = totals(map(json.loads, (run.run_dir / "events.jsonl").read_text().splitlines()))
+    assert set(sums) == {"learner", "actor", "engine", "replay"}
+    for record in steps:
+        for kind in sums:
+            shares = [record[f"ledger/{kind}/{category}"] for category in Category]
+            assert sum(shares) == pytest.approx(1, abs=1e-3)
+    assert {kind for kind, of_kind in sums.items() if of_kind.get("eval")} == {"actor", "engine"}
+    learner, actor, engine = (sums[kind] for kind in ("learner", "actor", "engine"))
+    assert min(learner["compute"], learner["wait_data"], learner["sync"]) > 0
+    assert min(actor["compute"], actor["wait_data"], actor["wait_queue"]) > 0
+    # the updates of the engine, by the ledger and by what is told of each
+    paused = sum(record["weights/pause_s"] for record in steps)
+    assert engine["sync"] == pytest.approx(paused, rel=0.1)
+    assert any(line.startswith("learner ") for line in run.lines), "the table"
+
+
+def test_the_trace_of_the_run_keeps_the_rules_of_its_format(run, steps):
+    trace = chrome_trace(read_trace(run.run_dir))
+    assert faults_of(trace) == []
+    spans = Counter(event["name"] for event in trace["traceEvents"] if event["ph"] == "X")
+    assert spans["train"] == spans["publish"] == spans["update"] == STEPS
+    arrived = sum(step.get(f"trees/{outcome}", 0) for step in steps for outcome in OUTCOMES)
+    assert spans["grow"] >= arrived >= STEPS * BATCH
+    assert spans["evaluate"] == 2
 
 
 def test_nothing_of_the_run_is_left(run):

@@ -18,6 +18,7 @@ from treepo_async.engine.client import (
     SamplingSettings,
     all_of,
 )
+from treepo_async.engine.routing import Place
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.types import PolicyVersion
@@ -452,3 +453,32 @@ async def test_work_that_is_cancelled_together_ends_what_it_does_on_its_way_out(
     (outcome,) = await asyncio.gather(work, return_exceptions=True)
     assert isinstance(outcome, asyncio.CancelledError if ending == "cancelled" else EngineError)
     assert done == ["said goodbye"]
+
+
+@pytest.mark.parametrize(
+    ("version", "num_warm"), [(VERSION, 0), (PolicyVersion(0, 2), 1), (None, 0)]
+)
+async def test_a_prefix_of_other_weights_is_computed_once_before_several_runs_go_on_from_it(
+    version, num_warm
+):
+    async with connected() as (sglang, _, client):
+        completions = await extend(client, [5] * WARM_TOKENS, num_runs=3, home=Place("", version))
+        lengths = [b["sampling_params"]["max_new_tokens"] for b in sglang.bodies("/generate")]
+    assert lengths == [0] * num_warm + [4] * 3
+    assert [c.warmed_tokens for c in completions] == [num_warm, 0, 0]
+
+
+async def test_behind_a_closed_gate_a_prefix_is_taken_for_lost():
+    async with connected() as (sglang, keeper, client):
+        await keeper.close()
+        await until(lambda: client.has_lost(Place("", VERSION)))
+        asked = asyncio.ensure_future(
+            extend(client, [5] * WARM_TOKENS, num_runs=2, home=Place("", VERSION))
+        )
+        await asyncio.sleep(0.1)
+        newer = PolicyVersion(0, 4)
+        await keeper.open(newer, evaluate=False, hold_s=0)
+        sglang.version = str(newer)
+        await asked
+        first, *_ = sglang.bodies("/generate")
+    assert first["sampling_params"]["max_new_tokens"] == 0

@@ -11,7 +11,10 @@ import treepo_async.engine.gate
 from tests.fakes import BASE, loopback, open_gate, running, until
 from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
-from treepo_async.errors import DeadlineError
+from treepo_async.errors import ClosedError, DeadlineError
+from treepo_async.metrics.categories import ACTOR
+from treepo_async.metrics.ledger import SlotLedger
+from treepo_async.metrics.slots import Slot
 from treepo_async.types import PolicyVersion
 from treepo_async.wire.messages import Evaluated, Join, Nack, decode
 from treepo_async.wire.sockets import Requester
@@ -307,3 +310,94 @@ async def test_a_message_that_cannot_be_read_is_refused_under_its_number():
     answer = decode(frame)
     assert isinstance(answer, Nack)
     assert (answer.request, answer.reason) == (7, "invalid")
+
+
+async def test_a_request_before_a_closed_gate_has_its_slot_wait_for_weights():
+    slot = Slot(SlotLedger(ACTOR), "slot-0")
+    async with open_gate() as (keeper, gate):
+        await keeper.close()
+        assert await keeper.drained(timeout_s=EVENT_S)
+        with slot.current(), slot("grow"):
+            async with in_flight(gate) as (_, versions, _):
+                await asyncio.sleep(0.2)
+                closed = slot.ledger.read()
+                await keeper.open(FIRST, evaluate=False, hold_s=0)
+                await until(lambda: versions == [FIRST])
+                begin = slot.ledger.read()
+                await asyncio.sleep(0.2)
+                flown = slot.ledger.read().since(begin)
+    assert closed.seconds["gate"] > 0.1
+    assert flown.seconds["gate"] == 0
+    assert flown.seconds["grow"] == pytest.approx(flown.wall)
+
+
+async def test_an_open_gate_keeps_no_slot_waiting():
+    slot = Slot(SlotLedger(ACTOR), "slot-0")
+    async with open_gate() as (_, gate):
+        with slot.current(), slot("grow"):
+            async with gate.passage():
+                pass
+    assert "gate" not in slot.ledger.read().seconds
+
+
+async def test_a_request_that_another_engine_may_take_does_not_wait_for_a_server_that_is_down():
+    async with open_gate() as (keeper, gate), asyncio.timeout(EVENT_S):
+        await keeper.close()
+        await until(lambda: not gate.status().is_open)
+
+        async def patient():
+            async with gate.passage(patience_s=60.0):
+                pass
+
+        asked = asyncio.ensure_future(patient())
+        await asyncio.sleep(0.2)
+        assert not asked.done(), "weights change"
+        await keeper.close(is_down=True)
+        with pytest.raises(ClosedError):
+            await asked
+
+
+async def test_the_patience_of_a_request_ends_before_the_deadline_of_the_gate():
+    async with open_gate(timeout_s=60.0) as (keeper, gate), asyncio.timeout(EVENT_S):
+        await keeper.close()
+        await until(lambda: not gate.status().is_open)
+        with pytest.raises(ClosedError, match=r"waited 0\.1 s for the gate to open"):
+            async with gate.passage(patience_s=0.1):
+                pass
+
+
+async def test_a_doubt_counts_as_down_until_the_host_has_answered():
+    async with open_gate() as (_, gate), asyncio.timeout(EVENT_S):
+        gate.doubt()
+        assert gate.status().is_down
+        assert not gate.status().is_open
+        await until(lambda: gate.status().is_open)
+        assert not gate.status().is_down
+
+
+async def test_a_client_that_has_other_engines_asks_for_a_host_without_end():
+    endpoint = loopback()
+    async with (
+        GateClient(endpoint, name="a", evaluates=False, timeout_s=0.2, is_one_of_many=True) as gate,
+        asyncio.timeout(20),
+    ):
+        await asyncio.sleep(0.6)
+        assert gate.status().silent_s > 0.5
+        keeper = GateKeeper(endpoint)
+        try:
+            async with running(keeper.serve()):
+                await keeper.open(FIRST, evaluate=False, hold_s=0)
+                await until(lambda: gate.status().is_open)
+                assert gate.status().version == FIRST
+        finally:
+            keeper.shut()
+
+
+async def test_the_hosts_load_is_told_with_every_beat():
+    async with open_gate() as (keeper, gate):
+        assert gate.status().num_in_flight == 0
+        keeper.tell_load(5)
+        await until(lambda: gate.status().num_in_flight == 5)
+        await keeper.close()
+        await until(lambda: not gate.status().is_open)
+        assert gate.status().num_in_flight == 5

@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 import treepo_async.engine.host
+import treepo_async.engine.publications
 import treepo_async.engine.vitals
 from tests.fakes import (
     BASE,
@@ -23,6 +24,7 @@ from treepo_async.engine.client import EngineClient, SamplingSettings
 from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.host import Host, HostRules
+from treepo_async.engine.publications import FolderPublications
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import EngineError, WeightsError
 from treepo_async.types import PolicyVersion
@@ -54,9 +56,9 @@ class RecordingKeeper(GateKeeper):
         self.calls.append(("open", str(version)))
         await super().open(version, evaluate=evaluate, hold_s=hold_s)
 
-    async def close(self):
+    async def close(self, *, is_down=False):
         self.calls.append(("close", None))
-        await super().close()
+        await super().close(is_down=is_down)
 
     async def drained(self, *, timeout_s):
         in_time = await super().drained(timeout_s=timeout_s)
@@ -77,7 +79,7 @@ class House:
 
     @property
     def store(self):
-        return self.host.store
+        return self.host.publications.store
 
     async def applied(self, version):
         await until(lambda: self.host.applied == version)
@@ -121,7 +123,7 @@ async def house(tmp_path, base_dir, *, evaluates=False, evaluates_base=True, **r
         host = Host(
             server=server,
             keeper=keeper,
-            store=WeightStore(tmp_path / "weights", keep=4),
+            publications=FolderPublications(WeightStore(tmp_path / "weights", keep=4)),
             rules=replace(RULES, **rules),
             base_dir=base_dir,
             evaluates=evaluates,
@@ -414,7 +416,7 @@ async def test_a_server_that_dies_while_a_publication_is_verified_is_noticed_at_
         verified.wait(20)
         return verify(*arguments)
 
-    monkeypatch.setattr(treepo_async.engine.host, "verify", slow_verify)
+    monkeypatch.setattr(treepo_async.engine.publications, "verify", slow_verify)
     async with house(tmp_path, base_dir) as it:
         publish_fake(it.store, FIRST)
         await asyncio.sleep(0.2)
@@ -575,3 +577,30 @@ async def test_where_no_tree_is_grown_a_refused_publication_ends_nothing(
         assert not it.task.done()
     alarms = [e["alarm"] for e in events_in(capsys.readouterr().out, "alarm")]
     assert alarms == ["publication refused"]
+
+
+async def test_the_time_of_a_server_is_booked_by_its_requests_and_its_updates(
+    tmp_path, base_dir, monkeypatch, capsys
+):
+    monkeypatch.setattr(treepo_async.engine.vitals, "SAMPLE_S", 0.01)
+    async with house(tmp_path, base_dir) as it:
+        it.sglang.running["somebody"] = asyncio.Event()
+        await asyncio.sleep(0.2)
+        it.sglang.running.clear()
+        publish_fake(it.store, FIRST)
+        await it.applied(FIRST)
+        await asyncio.sleep(0.2)
+    out = capsys.readouterr().out
+    told = events_in(out, "ledger")
+    seconds = {
+        name: sum(event["seconds"].get(name, 0.0) for event in told)
+        for name in ("compute", "sync", "idle")
+    }
+    assert sum(seconds.values()) == pytest.approx(told[-1]["end"] - told[0]["begin"], rel=1e-3)
+    assert seconds["compute"] > 0.1
+    assert seconds["idle"] > 0.1
+    (applied,) = events_in(out, "weights")
+    assert seconds["sync"] == pytest.approx(applied["pause_s"], rel=0.2, abs=0.01)
+    rows = [row for event in events_in(out, "spans") for row in event["rows"]]
+    parts = {name: begin for track, name, _, begin, *_ in rows if track == "server"}
+    assert parts["update"] <= parts["drain"] < parts["load"] < parts["probe"]

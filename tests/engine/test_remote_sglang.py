@@ -1,10 +1,13 @@
-"""What a real SGLang server says of itself, and that it is enough to tell whether it fits."""
+"""What a real SGLang server says of itself, and that it is enough to tell whether it fits; and what a run makes of one."""
+
+from dataclasses import replace
 
 import aiohttp
 import pytest
 import pytest_asyncio
 
 from tests.oracle import tiny_qwen2
+from treepo_async.engine.adopted import AdoptedServer, Needs
 from treepo_async.engine.client import EngineClient, SamplingSettings
 from treepo_async.engine.fixed import VERSION
 from treepo_async.engine.remote import RemoteEngine
@@ -13,6 +16,7 @@ from treepo_async.errors import ConfigError
 from treepo_async.process import free_ports
 
 VOCAB_SIZE, CONTEXT = 128, 256
+NEEDS = Needs(VOCAB_SIZE, CONTEXT, "float32", updates_under_load=False)
 START_S = 150.0
 
 pytestmark = [
@@ -37,6 +41,7 @@ async def server(tmp_path_factory):
     )
     async with aiohttp.ClientSession() as session:
         made = Server(options, session)
+        made.model_dir = folder
         try:
             await made.start(folder, "default", timeout_s=START_S)
             yield made
@@ -88,3 +93,34 @@ async def test_a_server_of_another_model_or_of_less_context_is_refused(server, o
     async with aiohttp.ClientSession() as session:
         with pytest.raises(ConfigError, match=reason):
             await remote(server, session, **options).start()
+
+
+@pytest.mark.parametrize(
+    ("needs", "reason"),
+    [
+        ({"dtype": "bfloat16"}, "computes in float32, the run in bfloat16"),
+        ({"updates_under_load": True}, "started without --enable-priority-scheduling"),
+    ],
+)
+async def test_a_run_refuses_a_server_that_was_started_for_other_work(server, needs, reason):
+    async with aiohttp.ClientSession() as session:
+        adopted = AdoptedServer(server.url, server.options, replace(NEEDS, **needs), session)
+        with pytest.raises(ConfigError, match=reason):
+            await adopted.start(server.model_dir, "0.7", timeout_s=30)
+
+
+async def test_a_run_takes_over_a_server_that_was_left_paused_and_leaves_it_usable(server):
+    await server.pause("retract", timeout_s=30)
+    checksum = await server.checksum(timeout_s=30)
+    async with aiohttp.ClientSession() as session:
+        adopted = AdoptedServer(server.url, server.options, NEEDS, session)
+        await adopted.start(server.model_dir, "0.7", timeout_s=30)
+        assert adopted.is_alive()
+        assert await adopted.checksum(timeout_s=30) == checksum
+        (before,) = await adopted.score([[5, 6, 7]], timeout_s=30)
+        await adopted.pause("retract", timeout_s=30)
+        await adopted.stop()
+        engine = remote(server, session)
+        await engine.start()
+        assert (await server.score([[5, 6, 7]], timeout_s=30))[0] == pytest.approx(before, abs=1e-5)
+    assert server.is_alive()

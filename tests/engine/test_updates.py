@@ -18,6 +18,7 @@ from treepo_async.engine.client import EngineClient, SamplingSettings
 from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.host import Host, HostRules
+from treepo_async.engine.publications import FolderPublications
 from treepo_async.engine.server import Server, ServerOptions
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.process import free_ports
@@ -66,7 +67,7 @@ class OpenDoor:
     version: PolicyVersion
 
     @contextlib.asynccontextmanager
-    async def passage(self, least_step=0):
+    async def passage(self, least_step=0, *, patience_s=None):
         yield self.version
 
     async def stands_by(self, version):
@@ -122,7 +123,7 @@ class House:
 
     def publish(self, *, probed=None):
         """The next version, with the probe that proves it, or another one."""
-        version, _ = self.publish_in(self.host.store, probed=probed)
+        version, _ = self.publish_in(self.host.publications.store, probed=probed)
         return version
 
     def publish_in(self, store, *, probed=None):
@@ -193,7 +194,9 @@ async def house(models, tmp_path_factory):
         host = Host(
             server=ObservedServer(options(base_dir / "sglang.log"), session),
             keeper=GateKeeper(endpoint),
-            store=WeightStore(tmp_path_factory.mktemp("weights"), keep=4),
+            publications=FolderPublications(
+                WeightStore(tmp_path_factory.mktemp("weights"), keep=4)
+            ),
             rules=HostRules(DRAIN, START_S, CALL_S, CALL_S, CALL_S, 2, 8, CLOSE),
             base_dir=base_dir,
             evaluates=False,
@@ -332,7 +335,9 @@ async def test_a_retraction_that_kept_the_cache_would_mix_two_sets_of_weights(
             assert gap > CLEAR if is_wrong else gap < CLOSE
     finally:
         await server.flush_cache(timeout_s=CALL_S)
-        await server.load_weights(house.host.store.path(old), str(old), timeout_s=CALL_S)
+        await server.load_weights(
+            house.host.publications.store.path(old), str(old), timeout_s=CALL_S
+        )
 
 
 SETTINGS = ExpandSettings(
@@ -387,7 +392,7 @@ async def test_weights_that_their_probe_belies_are_undone_by_a_restart_and_nobod
     old = house.host.applied
     ran = house.submit(house.prompt(), LONG)
     await house.decoding(1)
-    _, folder = house.publish_in(house.host.store, probed=old)
+    _, folder = house.publish_in(house.host.publications.store, probed=old)
     await until(lambda: house.host.server.num_starts == 2, timeout_s=CALL_S)
     folder.rename(folder.with_name(".withdrawn"))
     prompt, run = await ran

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from treepo_async.wire.codec import digest_of
-from treepo_async.wire.messages import AnyMessage, Message, PutTree, encode
+from treepo_async.wire.messages import AnyMessage, Message, PutTree, WeightsGroup, encode
 
 Frames = list[bytes]
 KINDS: tuple[type[Message], ...] = typing.get_args(AnyMessage)
@@ -35,6 +35,7 @@ def examples() -> list[Message]:
     values: dict[typing.Any, typing.Any] = {
         bool: True, int: 3, float: 0.5, str: LEASE_ID, list[str]: [LEASE_ID], list[int]: [1, 2],
         dict[str, int]: {"a": 1}, dict[int, str]: {3: "a"},
+        list[WeightsGroup]: [WeightsGroup(name="a", address="127.0.0.1", port=1)],
     }  # fmt: skip
     return [
         kind(**{name: values[hint] for name, hint in typing.get_type_hints(kind).items()})

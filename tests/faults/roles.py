@@ -39,6 +39,7 @@ from treepo_async.actor.worker import Worker as ActorWorker
 from treepo_async.learner.batch import BatchRules
 from treepo_async.learner.node import run_ranks
 from treepo_async.learner.optimizer import OptimizerSettings
+from treepo_async.learner.publishers import FolderPublisher
 from treepo_async.learner.start import Start
 from treepo_async.learner.worker import Worker, WorkerRules
 from treepo_async.metrics.events import emit
@@ -200,7 +201,7 @@ def lead(folder: Path, plan: RigPlan, checkpoint) -> int:
         replay,
         weights,
         store,
-        config_file=folder / "config.json",
+        publisher=FolderPublisher(weights, team, torch.float32, folder / "config.json", START_S),
         start=start,
         rules=WorkerRules(
             num_steps=plan.num_steps,
@@ -212,7 +213,6 @@ def lead(folder: Path, plan: RigPlan, checkpoint) -> int:
             batch_timeout_s=START_S,
             reply_timeout_s=START_S,
             gap_alarm=1.0,
-            dtype=torch.float32,
             layout="tp1",
         ),
     )

@@ -16,6 +16,7 @@ from tests.fakes import LIMITS, FakeSGLang, loopback, running, serve_replay, unt
 from treepo_async.cluster.plan import make_plan
 from treepo_async.cluster.prepare import make_run_dir
 from treepo_async.config.command_line import parse
+from treepo_async.config.wiring import EngineAddress
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.replay.entry import State
 from treepo_async.tiny.tokenizer import save_tokenizer
@@ -60,6 +61,7 @@ async def engine_and_replay(wiring):
                 replay_endpoint=endpoint,
                 gate_endpoint=gate,
                 engine_url=sglang.url,
+                engines=(EngineAddress(sglang.url, gate),),
             )
             yield sglang, server, found
     finally:

@@ -33,6 +33,7 @@ from treepo_async.engine.client import EngineClient
 from treepo_async.engine.gate import GateClient
 from treepo_async.engine.gatekeeper import GateKeeper
 from treepo_async.engine.host import Host, HostRules
+from treepo_async.engine.publications import FolderPublications
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.replay.entry import State
 from treepo_async.weights.store import WeightStore
@@ -87,7 +88,7 @@ async def site(tmp_path, endpoint, *, num_actors=1, timeout_s=30.0, request_time
         host = Host(
             server=server,
             keeper=keeper,
-            store=WeightStore(tmp_path / "weights", keep=4),
+            publications=FolderPublications(WeightStore(tmp_path / "weights", keep=4)),
             rules=RULES,
             base_dir=publish_fake(WeightStore(tmp_path / "base", keep=1), BASE),
             evaluates=False,

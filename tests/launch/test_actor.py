@@ -194,6 +194,24 @@ async def test_every_prompt_of_a_file_gets_its_tree_once(inputs, tmp_path, suffi
     assert left == sorted(["model", "sums.jsonl", *own])
 
 
+async def test_several_servers_share_the_work_and_one_that_goes_away_costs_no_prompt(
+    inputs, tmp_path
+):
+    out = tmp_path / "trees.jsonl"
+    async with sglang() as one, sglang(latency_s=0.05) as two:
+
+        async def leave():
+            await until(lambda: two.running, timeout_s=RUN_S)
+            await two.__aexit__()
+
+        leaving = asyncio.ensure_future(leave())
+        done = await launched(*inputs, f"out={out}", f"engine.url={one.url},{two.url}")
+        await leaving
+        assert done.process.returncode == 0, done.err
+        assert min(len(server.bodies("/generate")) for server in (one, two)) > 0
+    assert sorted(ids_in(out)) == sorted(ALL)
+
+
 async def test_trajectories_are_flat_lines_with_text_and_scores(inputs, tmp_path):
     out = tmp_path / "o.jsonl"
     async with sglang() as fake:

@@ -55,7 +55,7 @@ def test_a_wrong_word_ends_with_2_and_its_name(words, message):
 
 
 @pytest.mark.parametrize(
-    ("name", "goes_on"), [("sampling", True), ("learner", True), ("http", False)]
+    ("name", "goes_on"), [("sampling", True), ("learner", True), ("async", True), ("http", False)]
 )
 def test_ctrl_c_says_that_it_can_be_gone_on_with_where_it_can(monkeypatch, capsys, name, goes_on):
     def interrupted(words):

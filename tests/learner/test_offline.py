@@ -27,6 +27,7 @@ from treepo_async.actor.output import Output
 from treepo_async.actor.replay_client import ReplayClient
 from treepo_async.actor.tally import Tally
 from treepo_async.actor.worker import Worker as ActorWorker
+from treepo_async.learner.publishers import FolderPublisher
 from treepo_async.learner.worker import Worker
 from treepo_async.replay.feed import TreeFeed
 from treepo_async.weights.checkpoints import CheckpointStore
@@ -80,12 +81,13 @@ async def train(model_dir, folder, endpoint):
     replay = BlockingRequester(
         endpoint, name="learner-0", owner="replay", hello=hello, resend_s=1.0
     )
+    store, config_file = WeightStore(folder / "weights", keep=10), Path(model_dir) / "config.json"
     worker = Worker(
         team,
         replay,
-        WeightStore(folder / "weights", keep=10),
+        store,
         CheckpointStore(folder / "checkpoints", keep=1),
-        config_file=Path(model_dir) / "config.json",
+        publisher=FolderPublisher(store, team, torch.float32, config_file, 30.0),
         start=FRESH,
         rules=replace(RULES, num_steps=NUM_STEPS, eval_every=0, save_every=NUM_STEPS),
     )

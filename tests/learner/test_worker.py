@@ -29,6 +29,7 @@ from treepo_async.learner.ancestry import Ancestry
 from treepo_async.learner.batch import BatchRules
 from treepo_async.learner.loss.result import StepResult
 from treepo_async.learner.optimizer import MOMENTS, OptimizerSettings
+from treepo_async.learner.publishers import FolderPublisher
 from treepo_async.learner.start import INITIAL, Start
 from treepo_async.learner.step import WEIGHTS
 from treepo_async.learner.worker import MAX_SKIPPED, Worker, WorkerRules
@@ -51,7 +52,6 @@ RULES = WorkerRules(
     batch_timeout_s=20.0,
     reply_timeout_s=20.0,
     gap_alarm=1e-4,
-    dtype=torch.float32,
     layout="tp2",
 )
 DONE = StepResult(
@@ -156,6 +156,12 @@ class Dying:
         return self.replay.ask(message, **options)
 
 
+def folder_of(store, team):
+    return FolderPublisher(
+        store, team, torch.float32, store.folder.parent / "config.json", RULES.reply_timeout_s
+    )
+
+
 FRESH = Start(INITIAL, INITIAL, Ancestry(0))
 
 
@@ -200,7 +206,7 @@ async def learning(
             replay,
             store,
             checkpoints,
-            config_file=tmp_path / "config.json",
+            publisher=folder_of(store, team),
             start=start,
             rules=wanted,
         )
@@ -241,7 +247,16 @@ async def test_each_step_consumes_trains_publishes_and_then_says_so(tmp_path, ca
     for event in steps:
         seconds = event["seconds"]
         assert sum(v for k, v in seconds.items() if k != "wall") == pytest.approx(seconds["wall"])
+        assert min(seconds["train"], seconds["ack"], seconds["publish"]) > 0
     assert steps[2]["staleness_mean"] == 2.0
+    rows, _ = it.worker.ledger.take_rows()
+    parts = [row.name for row in rows if row.args != {"message": "Retired"}]
+    assert parts[:5] == ["wait_batch", "ack", "train", "ack", "publish"]
+    assert [row.args["leases"] for row in rows if row.name == "train"] == [
+        ["000000000", "000000001"],
+        ["000000002", "000000003"],
+        ["000000004", "000000005"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +329,7 @@ async def test_a_learner_that_goes_back_trains_the_same_batches_again_under_a_ne
             replay,
             it.store,
             it.checkpoints,
-            config_file=tmp_path / "config.json",
+            publisher=folder_of(it.store, again),
             start=start,
             rules=replace(RULES, num_steps=5),
         )

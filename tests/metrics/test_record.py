@@ -26,6 +26,11 @@ def tree(outcome="accepted", **changes):
         "saved_tokens": 7,
         "weight_sum": 2.0,
         "weighted_tokens": 30.0,
+        "num_children": 8,
+        "num_spilled": 1,
+        "num_migrated": 0,
+        "moved_tokens": 12,
+        "refilled_tokens": 20,
     }
     return {**event, **changes}
 
@@ -42,13 +47,15 @@ def step(**changes):
     return {**event, **numbers, **changes}
 
 
-WEIGHTS = {"event": "weights", "version": "0.4", "step": 4, "gap": 1e-6, "pause_s": 0.4, "drain_s": 0.1, "load_s": 0.2, "probe_s": 0.1}  # fmt: skip
+WEIGHTS = {"event": "weights", "version": "0.4", "step": 4, "gap": 1e-6, "pause_s": 0.4, "drain_s": 0.1, "load_s": 0.2, "probe_s": 0.1, "publish_to_visible_s": 0.7}  # fmt: skip
 
 
 def test_a_record_puts_the_roles_numbers_under_their_names():
     recorder = Recorder()
     recorder.tree(tree())
-    recorder.tree(tree("degenerate", decoded_tokens=40, delivered_tokens=100, accuracy_sum=4.0))
+    recorder.tree(
+        tree("degenerate", decoded_tokens=40, delivered_tokens=100, accuracy_sum=4.0, grow_s=3.0)
+    )
     recorder.engine({"num_samples": 4, "num_idle": 1})
     recorder.engine({"num_samples": 4, "num_idle": 2})
     begin = time.time()
@@ -62,6 +69,7 @@ def test_a_record_puts_the_roles_numbers_under_their_names():
         "weights/drain_s": 0.1,
         "weights/load_s": 0.2,
         "weights/probe_s": 0.1,
+        "weights/visible_s": 0.7,
         "tokens/decoded": 100,
         "tokens/delivered": 200,
         "tokens/wasted": 10,
@@ -73,6 +81,14 @@ def test_a_record_puts_the_roles_numbers_under_their_names():
         "tokens/saved": 14,
         "length/delivered": 25.0,
         "length/unbiased": 15.0,
+        "tree/grow_mean_s": 2.0,
+        "tree/grow_max_s": 3.0,
+        "route/home_share": 1 - 2 / 16,
+        "route/spilled": 2,
+        "route/migrated": 0,
+        "route/moved_tokens": 24,
+        "route/refilled_tokens": 40,
+        "route/load_max_mean": None,
         "trees/fallback_runs": 4,
         "trees/pruned_paths": 2,
         "trees/accepted": 1,
@@ -90,7 +106,7 @@ def test_a_record_puts_the_roles_numbers_under_their_names():
 
 def test_what_nothing_is_known_of_is_none():
     record = Recorder().step(step(seconds={"wall": 8.0}), None)
-    unknown = {*WEIGHTS_NAMES, "tokens/decoded_per_delivered", "cache/hit_share", "engine/http_s", "accuracy/sampled", "idle/engine", "length/delivered", "length/unbiased"}  # fmt: skip
+    unknown = {*WEIGHTS_NAMES, "tokens/decoded_per_delivered", "cache/hit_share", "engine/http_s", "accuracy/sampled", "idle/engine", "length/delivered", "length/unbiased", "tree/grow_mean_s", "tree/grow_max_s", "route/home_share", "route/load_max_mean"}  # fmt: skip
     assert {name for name, value in record.items() if value is None} == unknown
     assert record["idle/learner"] == 0
     assert record["tokens/decoded"] == 0
@@ -159,3 +175,11 @@ def test_rows_by_lag_and_level_become_flat_names():
         "lag/8+/ess": None,
         "level/16+/tokens": 7,
     }
+
+
+def test_the_load_of_engines_is_that_of_the_busiest_over_their_mean_and_begins_anew_each_step():
+    recorder = Recorder()
+    for engine, tokens in (("a", 100), ("b", 50), ("a", 50), ("c", 0)):
+        recorder.route({"engine": engine, "num_requests": 1, "decoded_tokens": tokens})
+    assert recorder.step(step(), None)["route/load_max_mean"] == pytest.approx(150 / (200 / 3))
+    assert recorder.step(step(), None)["route/load_max_mean"] is None

@@ -26,6 +26,7 @@ asyncio.run(run_role(work()))
 
 def test_a_role_tidies_up_at_sigterm_and_leaves_ctrl_c_to_the_driver():
     role = subprocess.Popen([sys.executable, "-c", RUNS_A_ROLE], stdout=subprocess.PIPE, text=True)
+    assert json.loads(role.stdout.readline())["event"] == "clock"
     assert role.stdout.readline() == "working\n"
     role.send_signal(signal.SIGINT)
     time.sleep(0.1)
@@ -69,5 +70,7 @@ async def afail():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=SOON_S
     )
     assert done.returncode == 1
-    assert json.loads(done.stdout) == {"event": "failed", "cause": "ValueError: no such thing"}
+    clock, failed = map(json.loads, done.stdout.splitlines())
+    assert clock["event"] == "clock"
+    assert failed == {"event": "failed", "cause": "ValueError: no such thing"}
     assert "Traceback" in done.stderr

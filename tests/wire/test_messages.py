@@ -15,6 +15,7 @@ from treepo_async.wire.messages import (
     Hello,
     Message,
     Published,
+    WeightsGroup,
     decode,
     encode,
     request_of,
@@ -29,7 +30,7 @@ def named(kind):
 
 def example(kind):
     """A message with every field away from its default."""
-    values = {bool: True, int: 7, float: 2.5, str: "seven", list[str]: ["a", "b"], list[int]: [1, 2], dict[str, int]: {"a": 1}, dict[int, str]: {3: "a"}}  # fmt: skip
+    values = {bool: True, int: 7, float: 2.5, str: "seven", list[str]: ["a", "b"], list[int]: [1, 2], dict[str, int]: {"a": 1}, dict[int, str]: {3: "a"}, list[WeightsGroup]: [WeightsGroup("a", "b", 7)]}  # fmt: skip
     return kind(**{name: values[hint] for name, hint in typing.get_type_hints(kind).items()})
 
 

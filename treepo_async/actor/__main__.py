@@ -11,6 +11,7 @@ from pathlib import Path
 
 import aiohttp
 
+from treepo_async.actor.engines import Engines, open_engines
 from treepo_async.actor.evaluate import Evaluator
 from treepo_async.actor.expand import ExpandSettings
 from treepo_async.actor.grow import Grower
@@ -25,12 +26,13 @@ from treepo_async.config.schema import Config
 from treepo_async.config.wiring import Wiring
 from treepo_async.data.source import open_source
 from treepo_async.data.tokenizer import TextTokenizer
-from treepo_async.engine.api_key import bearer, ensure_key
-from treepo_async.engine.client import EngineClient
-from treepo_async.engine.gate import GateClient
-from treepo_async.engine.update_mode import UpdateMode
+from treepo_async.engine.api_key import bearer, key_for_run
+from treepo_async.metrics.categories import ACTOR
 from treepo_async.metrics.events import emit
+from treepo_async.metrics.ledger import SlotLedger
 from treepo_async.metrics.role import run_role
+from treepo_async.metrics.slots import Slots
+from treepo_async.metrics.tell import Teller, telling
 from treepo_async.wire.hello import hello_of
 from treepo_async.wire.keys import client_keys
 from treepo_async.wire.sockets import Requester
@@ -52,13 +54,6 @@ async def main(wiring: Wiring) -> None:
     )
     keys = client_keys(wiring.keys_dir, wiring.role)
     evaluates = wiring.index == 0 and config.eval.every > 0
-    gate = GateClient(
-        wiring.gate_endpoint,
-        name=wiring.role,
-        keys=keys,
-        evaluates=evaluates,
-        timeout_s=config.engine.start_timeout_s + config.eval.timeout_s,
-    )
     hello = hello_of(wiring)
     requester = Requester(
         wiring.replay_endpoint,
@@ -70,11 +65,18 @@ async def main(wiring: Wiring) -> None:
     )
     async with (
         requester,
-        gate,
         aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0),
-            headers=bearer(ensure_key(wiring.engine_key_file)),
+            headers=bearer(key_for_run(config.engine, wiring.engine_key_file)),
         ) as session,
+        open_engines(
+            wiring,
+            config.engine,
+            session,
+            vocab_size=model["vocab_size"],
+            evaluates=evaluates,
+            timeout_s=config.engine.start_timeout_s + config.eval.timeout_s,
+        ) as engines,
         open_scoring(
             config.reward,
             decode=tokenizer.decode,
@@ -86,22 +88,16 @@ async def main(wiring: Wiring) -> None:
             reply_timeout_s=config.cluster.start_timeout_s,
             max_tree_bytes=config.replay.max_tree_bytes,
         )
-        engine = EngineClient(
-            wiring.engine_url,
-            gate,
-            session,
-            namespace=wiring.run_id,
-            vocab_size=model["vocab_size"],
-            request_timeout_s=config.engine.request_timeout_s,
-            update_mode=UpdateMode(config.engine.update_mode),
-        )
         await replay.hello(hello, timeout_s=config.cluster.start_timeout_s)
         emit("ready")
-        grower = Grower(wiring.role, engine, settings, scoring, config.seed, config.reward.shuffle)
-        worker = Worker(replay, grower, Health(config.actor.sick_after))
-        async with asyncio.TaskGroup() as tasks:
+        grower = Grower(
+            wiring.role, engines.trees, settings, scoring, config.seed, config.reward.shuffle
+        )
+        slots = Slots(SlotLedger(ACTOR))
+        worker = Worker(replay, grower, Health(config.actor.sick_after), slots)
+        async with telling(Teller(slots.ledger, "actor")), asyncio.TaskGroup() as tasks:
             if evaluates:
-                evaluator = _evaluator(config, model, tokenizer, settings, engine, gate, scoring)
+                evaluator = _evaluator(config, model, tokenizer, settings, engines, scoring, slots)
                 tasks.create_task(evaluator.run(), name="evaluation")
             await worker.serve(config.actor.concurrent_trees)
 
@@ -111,9 +107,9 @@ def _evaluator(
     model: dict[str, int],
     tokenizer: TextTokenizer,
     settings: ExpandSettings,
-    engine: EngineClient,
-    gate: GateClient,
+    engines: Engines,
     scoring: Scoring,
+    slots: Slots,
 ) -> Evaluator:
     source = open_source(
         config.data,
@@ -122,13 +118,14 @@ def _evaluator(
         max_prompt_tokens=prompt_limit(config, model),
     )
     return Evaluator(
-        engine,
-        gate,
+        engines.home,
+        engines.home_gate,
         source.heldout(config.eval.problems),
         settings,
         scorer=scoring.scorer,
         num_samples=config.eval.samples,
         timeout_s=config.eval.timeout_s,
+        booked=slots.evaluating,
     )
 
 

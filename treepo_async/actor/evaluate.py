@@ -8,7 +8,8 @@ such a gate (the host), for completions (the engine client has the deadline), fo
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from statistics import fmean
 
@@ -16,7 +17,9 @@ from treepo_async.actor.expand import Engine, ExpandSettings
 from treepo_async.engine.client import all_of
 from treepo_async.engine.gate import GateClient
 from treepo_async.errors import DeadlineError, EngineError
+from treepo_async.metrics.categories import Category
 from treepo_async.metrics.events import emit
+from treepo_async.metrics.spans import span
 from treepo_async.scoring.async_scorer import AsyncScorer
 from treepo_async.tree.cut import Run
 from treepo_async.tree.stopping import find_stop
@@ -36,6 +39,7 @@ class Evaluator:
         scorer: AsyncScorer,
         num_samples: int,
         timeout_s: float,
+        booked: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """Prepare.
 
@@ -47,18 +51,24 @@ class Evaluator:
             scorer: of the actor, shared with its trees.
             num_samples: responses sampled for each problem, beside the greedy one.
             timeout_s: of one evaluation.
+            booked: books the time of an evaluation.
         """
         self._engine, self._gate, self._problems = engine, gate, problems
         self._settings, self._scorer = settings, scorer
         self._num_samples, self._timeout_s = num_samples, timeout_s
+        self._booked = booked
 
     async def run(self) -> None:
         """Evaluate for ever."""
         while True:
             version = await self._gate.to_evaluate.get()
             try:
-                async with asyncio.timeout(self._timeout_s):
-                    await self._evaluate(version)
+                with (
+                    self._booked(),
+                    span("evaluate", Category.EVAL, track="evaluation", version=str(version)),
+                ):
+                    async with asyncio.timeout(self._timeout_s):
+                        await self._evaluate(version)
             except (EngineError, DeadlineError, TimeoutError) as error:
                 emit("alarm", alarm="evaluation failed", version=str(version), detail=repr(error))
             await self._gate.evaluated(version)

@@ -13,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from treepo_async import chaos
+from treepo_async.actor.places import Places
 from treepo_async.engine.answer import Completion, Watch
 from treepo_async.engine.client import SamplingSettings
+from treepo_async.engine.routing import Place
 from treepo_async.errors import DeadlineError, EngineError
 from treepo_async.tree.growing import Extension, GrowingTree
 from treepo_async.tree.growth import Growth, start_growth
@@ -32,10 +34,10 @@ class Engine(Protocol):
 
     async def warm(
         self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
-    ) -> None:
+    ) -> str:
         """See `EngineClient.warm`."""
 
-    async def extend(
+    async def extend(  # noqa: PLR0913 - see `EngineClient.extend`
         self,
         prefix: Sequence[int],
         *,
@@ -46,6 +48,7 @@ class Engine(Protocol):
         is_cached: bool = True,
         watch: Watch | None = None,
         arrived: dict[int, Completion] | None = None,
+        home: Place | None = None,
     ) -> list[Completion]:
         """See `EngineClient.extend`."""
 
@@ -115,6 +118,7 @@ class Expansion:
     num_kept: int = 0
     """Segments of an earlier tree; the engine's cache need not have them."""
     cost: _Cost = field(default_factory=_Cost)
+    places: Places = field(default_factory=Places)
     _requests: dict[asyncio.Task[list[Completion]], _Asked] = field(default_factory=dict)
 
     async def run(self) -> None:
@@ -142,8 +146,10 @@ class Expansion:
     async def _grow(self) -> None:
         extensions = self.growth.start()
         if len(extensions) > 1:
-            await self.engine.warm(
-                self._prefix(ROOT), sampling=self.settings.sampling, least_step=self.least_step
+            self.places.begin(
+                await self.engine.warm(
+                    self._prefix(ROOT), sampling=self.settings.sampling, least_step=self.least_step
+                )
             )
         self._submit(extensions)
         while self._requests:
@@ -173,6 +179,7 @@ class Expansion:
                 is_cached=extension.parent >= self.num_kept or extension.num_runs == 1,
                 watch=self._watch(extension),
                 arrived=arrived,
+                home=self.places.of(extension.parent),
             )
             self._requests[asyncio.ensure_future(request)] = _Asked(extension, arrived)
 
@@ -194,7 +201,11 @@ class Expansion:
                 f"the engine returned {len(run)} of {extension.max_new_tokens} tokens without a stop"
             )
         self.cost.add(completion, kept)
-        return self.growth.add(extension, run.head(kept), reason, entropy=completion.entropy)
+        first = len(self.growth.tree.segments)
+        following = self.growth.add(extension, run.head(kept), reason, entropy=completion.entropy)
+        added = range(first, len(self.growth.tree.segments))
+        self.places.add(extension.parent, added, completion)
+        return following
 
     def _prefix(self, parent: int) -> list[int]:
         return [*self.prompt.token_ids.tolist(), *_response(self.growth.tree, parent)]
@@ -298,6 +309,7 @@ async def expand(
         prefix_tokens=cost.prefix_tokens,
         num_requests=cost.num_requests,
         num_fallbacks=growth.num_fallbacks,
+        **expansion.places.costs(),
         num_pruned=tree.num_cut_short(),
         saved_tokens=tree.saved_tokens(),
         grow_s=clock() - begin,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from treepo_async.actor.expand import NO_TRUNK, Engine, ExpandSettings, expand
 from treepo_async.actor.score import Scoring, shuffled
+from treepo_async.metrics.slots import booked
 from treepo_async.tree.regrow import trunk_of
 from treepo_async.types import Prompt, Sampling, Tree
 
@@ -68,7 +69,8 @@ class Grower:
             least_step=least_step,
             trunk=trunk,
         )
-        tree = await self.scoring.score(prompt, segments, provenance, sampling)
+        with booked("score"):
+            tree = await self.scoring.score(prompt, segments, provenance, sampling)
         return shuffled(tree, self._rng(lease_id, attempt, "shuffle")) if self.shuffle else tree
 
     def _rng(self, lease_id: str, attempt: int, *purpose: str) -> random.Random:

@@ -20,6 +20,7 @@ from typing import Any, Self
 import aiohttp
 
 from treepo_async.actor.endings import Outcome
+from treepo_async.actor.expand import Engine
 from treepo_async.actor.generation import Generation
 from treepo_async.actor.grow import Grower
 from treepo_async.actor.job import Job
@@ -28,7 +29,12 @@ from treepo_async.actor.printer import Printer
 from treepo_async.actor.score import Scoring, open_scoring
 from treepo_async.actor.settings import expand_settings
 from treepo_async.actor.tally import Tally
-from treepo_async.config.limits import context_length, prompt_limit, response_limit
+from treepo_async.config.limits import (
+    context_length,
+    engine_urls,
+    prompt_limit,
+    response_limit,
+)
 from treepo_async.config.schema import GenerateConfig
 from treepo_async.config.wiring import ENGINE_KEY_FILE
 from treepo_async.data.source import FileOrder, Skipped
@@ -36,7 +42,9 @@ from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.engine.api_key import bearer, ensure_key, read_key
 from treepo_async.engine.client import EngineClient
 from treepo_async.engine.fixed import FixedEngine
+from treepo_async.engine.fleet import RemoteFleet
 from treepo_async.engine.kept import KeptEngine
+from treepo_async.engine.pool import EnginePool, Member
 from treepo_async.engine.remote import RemoteEngine
 from treepo_async.engine.server import Server, options_of
 from treepo_async.errors import DataError
@@ -228,14 +236,18 @@ class Standalone:
     def _make_engine(self, session: aiohttp.ClientSession) -> FixedEngine:
         config, model = self.inputs.config, self.inputs.model
         settings = config.engine
-        if settings.url is not None:
-            return RemoteEngine(
-                settings.url.rstrip("/"),
+        remotes = [
+            RemoteEngine(
+                url,
                 session,
                 vocab_size=model["vocab_size"],
                 context_length=context_length(config, model),
                 away_timeout_s=settings.start_timeout_s,
             )
+            for url in engine_urls(settings)
+        ]
+        if remotes:
+            return remotes[0] if len(remotes) == 1 else RemoteFleet(remotes)
         log_file = beside(self.output.out, "sglang.log")
         (port,) = free_ports(1)
         options = options_of(config, model, port=port, log_file=log_file, key_file=self._key_file)
@@ -249,20 +261,36 @@ class Standalone:
         log_file = beside(self.output.out, "sglang.log")
         return f"starting SGLang, log in {log_file}" if url is None else f"using {url}"
 
+    def _sampler(self, engine: FixedEngine, session: aiohttp.ClientSession) -> Engine:
+        """What trees are grown on: a client, or a pool of them."""
+        engines = engine.members if isinstance(engine, RemoteFleet) else [engine]
+        # another one for each start: a server of somebody else may have had other weights before
+        namespace = secrets.token_hex(4)
+        members = [
+            Member(
+                one.url,
+                EngineClient(
+                    one.url,
+                    one.gate,
+                    session,
+                    namespace=namespace,
+                    vocab_size=self.inputs.model["vocab_size"],
+                    request_timeout_s=self.inputs.config.engine.request_timeout_s,
+                    update_mode=None,
+                ),
+                one.gate,
+            )
+            for one in engines
+        ]
+        if len(members) == 1:
+            return members[0].client
+        return EnginePool(members, timeout_s=self.inputs.config.engine.start_timeout_s)
+
     async def _generate(
         self, engine: FixedEngine, session: aiohttp.ClientSession, scoring: Scoring
     ) -> None:
         config = self.inputs.config
-        client = EngineClient(
-            engine.url,
-            engine.gate,
-            session,
-            # another one for each start: a server of somebody else may have had other weights before
-            namespace=secrets.token_hex(4),
-            vocab_size=self.inputs.model["vocab_size"],
-            request_timeout_s=config.engine.request_timeout_s,
-            update_mode=None,
-        )
+        sampler = self._sampler(engine, session)
         settings = expand_settings(
             config.tree,
             self.inputs.tokenizer,
@@ -272,7 +300,7 @@ class Standalone:
         generation = Generation(
             self.inputs.prompts,
             config.limit,
-            Grower(NAME, client, settings, scoring, config.seed, config.reward.shuffle),
+            Grower(NAME, sampler, settings, scoring, config.seed, config.reward.shuffle),
             engine,
             self.output,
             self.tally,

@@ -6,12 +6,14 @@ that is silent is told of once, and growing goes on).
 
 An actor owns nothing that is lost when it dies: its leases expire and go to another. One that is told to end hands them
 back first. Work on a lease that replay has taken back is ended at the next heartbeat. An actor whose leases keep failing
-ends with the reason (`health`): whoever started it decides what then.
+ends with the reason (`health`): whoever started it decides what then. Its time is booked by slot, one for each prompt that may
+grow at once: see `metrics.categories.ACTOR`.
 """
 
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 from treepo_async import chaos
 from treepo_async.actor.grow import Grower
@@ -27,7 +29,10 @@ from treepo_async.actor.replay_client import (
 from treepo_async.engine.answer import NotFiniteError
 from treepo_async.engine.client import all_of
 from treepo_async.errors import DeadlineError, EngineError, RefusedError
+from treepo_async.metrics.categories import ACTOR
 from treepo_async.metrics.events import emit
+from treepo_async.metrics.ledger import SlotLedger
+from treepo_async.metrics.slots import Slot, Slots
 from treepo_async.types import Tree
 from treepo_async.wire.messages import Leased
 
@@ -48,6 +53,8 @@ class _Work:
     growing: asyncio.Task[Tree]
     begun: int
     """See `Health.begin`."""
+    slot: Slot
+    """On which its time is booked."""
     is_lost: bool = False
 
     def lose(self) -> None:
@@ -63,6 +70,7 @@ class Worker:
     replay: ReplayClient
     grower: Grower
     health: Health = field(default_factory=lambda: Health(SICK_AFTER))
+    slots: Slots = field(default_factory=lambda: Slots(SlotLedger(ACTOR)))
     num_lost: int = 0
     """Leases that replay took back while their trees were being grown."""
     _held: dict[str, _Work] = field(default_factory=dict)
@@ -85,29 +93,40 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as group:
                 beats = group.create_task(self._beat(), name="beats")
-                await all_of(self._work() for _ in range(concurrent_trees))
+                await all_of(self._work(slot) for slot in self.slots.take(concurrent_trees))
                 beats.cancel()
         except BaseException:
             await self._leave()
             raise
 
-    async def _work(self) -> None:
-        while (found := await self.replay.lease()) is not None:
+    async def _work(self, slot: Slot) -> None:
+        with slot.current():
+            await self._work_on(slot)
+
+    async def _work_on(self, slot: Slot) -> None:
+        while (found := await self._lease(slot)) is not None:
             lease, old_tree = found
             if lease.lease_id in self._held:
                 # replay took it back and gave it out again before a heartbeat could say so
                 self._held[lease.lease_id].lose()
             growing = asyncio.ensure_future(self._grow(lease, old_tree))
-            work = self._held[lease.lease_id] = _Work(lease, growing, self.health.begin())
+            work = _Work(lease, growing, self.health.begin(), slot)
+            self._held[lease.lease_id] = work
             await self._finish(work)
             if self._held.get(lease.lease_id) is work:
                 # kept where it was not brought to its end, for `_leave`
                 del self._held[lease.lease_id]
 
+    async def _lease(self, slot: Slot) -> tuple[Leased, Tree | None] | None:
+        with slot("lease"):
+            return await self.replay.lease()
+
     async def _finish(self, work: _Work) -> None:
         """Bring a lease to its end: a tree, a lease given up, or nothing where it is lost."""
         try:
-            tree = await work.growing
+            with work.slot("grow", **_words(work.lease)) as words:
+                tree = await work.growing
+                words |= _facts(tree)
         except asyncio.CancelledError:
             if not work.is_lost or _is_cancelled():
                 raise
@@ -122,7 +141,8 @@ class Worker:
         lease = work.lease
         chaos.point("actor.before_put")
         try:
-            await self.replay.put(lease, tree)
+            with work.slot("put", **_words(lease)):
+                await self.replay.put(lease, tree)
         except RefusedError as error:
             if error.reason not in LOST + POOR:
                 raise
@@ -137,10 +157,12 @@ class Worker:
     async def _fail(self, work: _Work, error: Exception, reason: str) -> None:
         """Let another actor try, unless this one must end over it."""
         log.warning("gave up lease %s: %s", work.lease.lease_id, error)
-        await self.replay.give_up(work.lease, reason)
+        with work.slot("put", **_words(work.lease), reason=reason):
+            await self.replay.give_up(work.lease, reason)
         self.health.bad(error, work.begun)
         # an engine or a scorer in trouble must not use up prompt after prompt
-        await asyncio.sleep(BACK_OFF_S)
+        with work.slot("back_off"):
+            await asyncio.sleep(BACK_OFF_S)
 
     async def _grow(self, lease: Leased, old_tree: Tree | None) -> Tree:
         return await self.grower.grow(
@@ -183,6 +205,23 @@ class Worker:
         if growing:
             # requests are aborted in the engine meanwhile
             await asyncio.wait(growing, timeout=LEAVE_S)
+
+
+def _words(lease: Leased) -> dict[str, Any]:
+    """What the spans of a lease say of it."""
+    return {"lease": lease.lease_id, "attempt": lease.attempt}
+
+
+def _facts(tree: Tree) -> dict[str, Any]:
+    """What the span of a tree says of it."""
+    versions = [segment.policy_version for segment in tree.segments]
+    return {
+        "oldest": str(min(versions)),
+        "newest": str(max(versions)),
+        "leaves": len(tree.leaves),
+        "decoded_tokens": tree.provenance.decoded_tokens,
+        "requests": tree.provenance.num_requests,
+    }
 
 
 def _reason(error: Exception) -> str:

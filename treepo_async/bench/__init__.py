@@ -11,6 +11,13 @@ trees and models, `learner_run` makes a `learner_samples.LearnerSample` of a way
 `queue` delivers trees to replay processes: `queue_cells` reads the words, `queue_trees` makes trees, `queue_replay` and `queue_actors` are processes,
 `queue_client` is actor and learner, `queue_run` measures, `queue_samples` are the rows, `queue_report` writes.
 
-`attention`, a command of its own that `launch/gpu_check.sh` calls, checks backends of tree attention by `attention_checks` on `forests`.
+`async_compare` puts synchronous and asynchronous runs side by side: `async_cells` reads the words, `async_arms` says what an arm is, `async_rows`
+are the rows of every back end, `async_summary`, `async_report` and `async_plot` sum up and write. `async_real` starts runs that
+`async_read` reads. `async_scripted` sets up an `async_script`, whose processes are in `async_roles`: `async_actor` with the engine
+`async_service`, `async_gates` and `async_learner`; `async_virtual` is a clock that jumps. `sim_arms` simulates.
+
+`campaign` is what `launch/gpu_campaign.sh` runs: `campaign_parts` are its commands, `campaign_report` writes. Commands of their own that it calls: `attention`
+checks backends of tree attention by `attention_checks` on `forests`, `device_step` compares updates on a device and on a CPU, `learner_profile` says where a pass
+spends its time, `weight_path` takes a publication through its stages; `device_clock` times. `published` is a folder of a published model without weights.
 `machine` says what a benchmark ran on, `peak` counts memory.
 """

@@ -4,8 +4,8 @@
 from one token to 2048 and lengths that are no multiple of a tile. `memory`: peak memory, time and FLOP/s over the
 tokens of a microbatch; memory must grow with the tokens, not with their square.
 
-Keys: `backend` (auto), `size` (full; `small` is for a CPU), `out` (a folder: writes `attention_exactness.json` and so on). Exit codes: 0, 1
-a check failed, 2 wrong words. Needs torch and numpy alone; neighbour: `attention_checks`, and `launch/gpu_check.sh` calls it.
+Keys: `backend` (auto), `size` (full; `small` is for a CPU), `dtype` (all; of exactness), `out` (a folder: writes `attention_exactness.json` and
+so on). Exit codes: 0, 1 a check failed, 2 wrong words. Needs torch and numpy alone; neighbour: `attention_checks`, and `campaign_parts` calls it.
 """
 
 import json
@@ -27,7 +27,12 @@ from treepo_async.bench.attention_checks import (
 from treepo_async.errors import ConfigError
 from treepo_async.learner.attention.plan import alignment, planner
 
-DEFAULTS = {"backend": "auto", "size": "full", "out": "gpu_check"}
+DEFAULTS = {"backend": "auto", "size": "full", "dtype": "all", "out": "gpu_campaign"}
+DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "float32": (torch.float32,),
+    "bfloat16": (torch.bfloat16,),
+    "all": (torch.float32, torch.bfloat16),
+}
 Row = dict[str, Any]
 PARTS = ("exactness", "memory")
 EXIT_FAILED, EXIT_BAD_USE = 1, 2
@@ -77,8 +82,9 @@ def parse(words: Sequence[str]) -> tuple[str, dict[str, str]]:
         if key not in DEFAULTS:
             raise ConfigError(f"{key} is an unknown key; the keys are {', '.join(DEFAULTS)}")
     options = DEFAULTS | given
-    if options["size"] not in SIZES:
-        raise ConfigError(f"size={options['size']!r} is unknown; it is one of {', '.join(SIZES)}")
+    for key, known in (("size", SIZES), ("dtype", DTYPES)):
+        if options[key] not in known:
+            raise ConfigError(f"{key}={options[key]!r} is unknown; it is one of {', '.join(known)}")
     return part, options
 
 
@@ -88,21 +94,26 @@ def run(part: str, options: dict[str, str]) -> bool:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = describe(backend, device)
     _say(f"{part} of {about['backend']} on {about['device']}, torch {about['torch']}")
-    check = _exactness if part == "exactness" else _memory
-    passed, rows = check(backend, device, size)
+    if part == "exactness":
+        passed, rows = _exactness(backend, device, size, DTYPES[options["dtype"]])
+    else:
+        passed, rows = _memory(backend, device, size)
     _say(f"{part}: {'passed' if passed else 'FAILED'}, {len(rows)} rows")
     out = Path(options["out"])
     out.mkdir(parents=True, exist_ok=True)
     result = about | {"passed": passed, "rows": rows}
-    (out / f"attention_{part}.json").write_text(json.dumps(result, indent=2) + "\n")
+    of = "" if options["dtype"] == "all" else f"-{options['dtype']}"
+    (out / f"attention_{part}{of}.json").write_text(json.dumps(result, indent=2) + "\n")
     return passed
 
 
-def _exactness(backend: str, device: str, size: dict[str, Any]) -> tuple[bool, list[Row]]:
+def _exactness(
+    backend: str, device: str, size: dict[str, Any], dtypes: Sequence[torch.dtype]
+) -> tuple[bool, list[Row]]:
     rows = [
         _said(asdict(row))
         for heads in size["heads"]
-        for dtype in (torch.float32, torch.bfloat16)
+        for dtype in dtypes
         for row in exactness(
             planner(backend),
             device=device,

@@ -43,6 +43,13 @@ class Cell:
     running: int
     """Most requests that the engine decodes at once."""
     stop: Stop
+    shape: str = ""
+    """A published size, which then counts in place of `layers` and `hidden`: bfloat16, with weights that the engine makes up."""
+
+    @property
+    def model(self) -> str:
+        """What the model is called."""
+        return self.shape or f"{self.layers} layers x {self.hidden}"
 
     @property
     def limit(self) -> int:

@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 from treepo_async.bench.cells import Cell, Stop
+from treepo_async.bench.learner_shapes import find_shape
 from treepo_async.bench.model import HIDDEN_STEP, MAX_CONTEXT
 from treepo_async.bench.shapes import paths_per_level, reaches_width
 from treepo_async.bench.words import read_words
@@ -21,6 +22,7 @@ DEFAULTS = {
     "pairs": "5",
     "layers": "8",
     "hidden": "512",
+    "shape": "",
     "running": "64",
     "stop": "none",
     "out": "runs/bench-sampling",
@@ -45,12 +47,15 @@ def parse(words: Sequence[str]) -> SamplingOptions:
     Raises:
         ConfigError: an unknown key, a value that is no number or no list of numbers, or a cell that cannot be measured.
     """
-    values = DEFAULTS | read_words(words, DEFAULTS)
+    given = read_words(words, {key: value or "qwen2.5-0.5b" for key, value in DEFAULTS.items()})
+    values = DEFAULTS | given
+    if values["shape"]:
+        find_shape(values["shape"])
     swept = {key: _numbers(key, values[key]) for key in SWEPT}
     single = {k: _number(k, values[k]) for k in ("prompts", "layers", "hidden", "running")}
     stop = _stop(values["stop"])
     cells = tuple(
-        Cell(**dict(zip(SWEPT, point, strict=True)), **single, stop=stop)
+        Cell(**dict(zip(SWEPT, point, strict=True)), **single, stop=stop, shape=values["shape"])
         for point in product(*swept.values())
     )
     for cell in cells:

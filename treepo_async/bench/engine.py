@@ -36,8 +36,18 @@ class EngineSize:
     """How much an engine takes at once."""
 
     context_tokens: int
-    cache_tokens: int
+    cache_tokens: int | None
+    """None: as many as the engine finds room for."""
     running_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineModel:
+    """What an engine must know of its model beside the folder."""
+
+    dtype: str = "float32"
+    vocab_size: int = VOCAB_SIZE
+    load_format: str = "auto"
 
 
 class NotingClient(EngineClient):
@@ -46,8 +56,8 @@ class NotingClient(EngineClient):
     completions: list[Completion]
 
     @override
-    async def _complete(self, *args: Any, **kwargs: Any) -> Completion:
-        completion = await super()._complete(*args, **kwargs)
+    async def attempt(self, *args: Any, **kwargs: Any) -> Completion:
+        completion = await super().attempt(*args, **kwargs)
         self.completions.append(completion)
         return completion
 
@@ -55,9 +65,21 @@ class NotingClient(EngineClient):
 class BenchEngine:
     """A running engine; every client of it has a cache namespace of its own."""
 
-    def __init__(self, server: Server, gate: GateClient, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self,
+        server: Server,
+        gate: GateClient,
+        session: aiohttp.ClientSession,
+        vocab_size: int = VOCAB_SIZE,
+    ) -> None:
         self._server, self._gate, self._session = server, gate, session
+        self._vocab_size = vocab_size
         self._num_clients = 0
+
+    @property
+    def url(self) -> str:
+        """Of the server."""
+        return self._server.url
 
     def client(self) -> NotingClient:
         """A client for which nothing is cached yet."""
@@ -67,7 +89,7 @@ class BenchEngine:
             self._gate,
             self._session,
             namespace=f"bench-{self._num_clients}",
-            vocab_size=VOCAB_SIZE,
+            vocab_size=self._vocab_size,
             request_timeout_s=REQUEST_S,
         )
         client.completions = []
@@ -89,8 +111,10 @@ def children_processor_s() -> float:
 
 
 @contextlib.asynccontextmanager
-async def started(model_dir: Path, size: EngineSize) -> AsyncIterator[BenchEngine]:
-    """An engine on the tiny or a random model. Enter it in the main thread.
+async def started(
+    model_dir: Path, size: EngineSize, model: EngineModel = EngineModel()
+) -> AsyncIterator[BenchEngine]:
+    """An engine on the tiny model, a random one, or none but its config. Enter it in the main thread.
 
     Raises:
         EngineError: the server did not start.
@@ -100,12 +124,13 @@ async def started(model_dir: Path, size: EngineSize) -> AsyncIterator[BenchEngin
     with tempfile.TemporaryDirectory() as folder:
         options = ServerOptions(
             port=engine_port,
-            dtype="float32",
+            dtype=model.dtype,
             context_length=size.context_tokens,
             max_total_tokens=size.cache_tokens,
             max_running_requests=size.running_requests,
             prefill_chunk_tokens=4096,
             log_file=Path(folder) / "sglang.log",
+            load_format=model.load_format,
         )
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             server, keeper = Server(options, session), GateKeeper(endpoint)
@@ -116,7 +141,7 @@ async def started(model_dir: Path, size: EngineSize) -> AsyncIterator[BenchEngin
                 async with GateClient(
                     endpoint, name="bench", evaluates=False, timeout_s=60
                 ) as gate:
-                    yield BenchEngine(server, gate, session)
+                    yield BenchEngine(server, gate, session, model.vocab_size)
             finally:
                 serving.cancel()
                 keeper.shut()

@@ -55,6 +55,14 @@ class LearnerSummary:
         """How much of that was reached."""
         return self.ratio(Way.FLAT, Way.TREE).median / self.flop_ratio
 
+    def tokens_per_s(self, way: Way) -> float:
+        """Tokens of trajectories, prompts included, that are trained a second: the same numerator for every way."""
+        return self.sample(Way.FLAT).tokens / self.seconds(way)
+
+    def flops_per_s(self, way: Way) -> float:
+        """FLOPs that the way needs, by the cost model, over its time."""
+        return self.sample(way).flops / self.seconds(way)
+
     @property
     def expected_ratio(self) -> float:
         """Time ratio by the cost model."""
@@ -118,6 +126,12 @@ _TABLE: dict[str, Callable[[LearnerSummary], str]] = {
         f"{s.ratio(Way.PADDED, Way.TREE).median:.2f}" if s.has_padded else "as flat"
     ),
     "seconds, flat / tree": lambda s: f"{s.seconds(Way.FLAT):.2f} / {s.seconds(Way.TREE):.2f}",
+    "trajectory tokens/s, flat / tree": lambda s: (
+        f"{s.tokens_per_s(Way.FLAT):,.0f} / {s.tokens_per_s(Way.TREE):,.0f}"
+    ),
+    "TFLOP/s, flat / tree": lambda s: (
+        f"{s.flops_per_s(Way.FLAT) / 1e12:.3g} / {s.flops_per_s(Way.TREE) / 1e12:.3g}"
+    ),
     "peak MiB, flat / tree": lambda s: f"{_mib(s, Way.FLAT)} / {_mib(s, Way.TREE)}",
     "taken": lambda s: f"{s.choice}",
     "its time of flat's": lambda s: _of_flat(s),
@@ -139,6 +153,10 @@ _FIGURES: dict[str, Callable[[LearnerSummary], object]] = {
     "padded_time_ratio": lambda s: s.ratio(Way.PADDED, Way.TREE).median if s.has_padded else "",
     "flat_s": lambda s: s.seconds(Way.FLAT),
     "tree_s": lambda s: s.seconds(Way.TREE),
+    "flat_tokens_per_s": lambda s: s.tokens_per_s(Way.FLAT),
+    "tree_tokens_per_s": lambda s: s.tokens_per_s(Way.TREE),
+    "flat_flops_per_s": lambda s: s.flops_per_s(Way.FLAT),
+    "tree_flops_per_s": lambda s: s.flops_per_s(Way.TREE),
     "flat_peak_bytes": lambda s: s.sample(Way.FLAT).peak_bytes,
     "tree_peak_bytes": lambda s: s.sample(Way.TREE).peak_bytes,
     "choice": lambda s: s.choice,

@@ -143,4 +143,4 @@ def _line(summary: Summary, panel: _Panel) -> tuple[int, int]:
 
 def _setting(cell: Cell) -> str:
     """What is neither depth, width nor branch factor."""
-    return f"{cell.layers}x{cell.hidden}, segment {cell.segment}, prompt {cell.prompt}, stop={cell.stop}"
+    return f"{cell.model}, segment {cell.segment}, prompt {cell.prompt}, stop={cell.stop}"

@@ -51,12 +51,15 @@ def _measure(options: QueueOptions, folder: Path, say: Callable[[str], None]) ->
                 samples.append(options.out / "bursts.csv", found)
                 bursts += found
                 say(report.round_line(sorted(found, key=lambda burst: list(Arm).index(burst.arm))))
+            if not options.seconds:
+                continue
             (summary,) = report.summaries_of(b for b in bursts if b.tokens == tokens)
             rate = queue_run.LOAD * summary.rate(Arm.DURABLE).median
             latencies.append(queue_run.latency(replays[Arm.DURABLE], trees, options, rate))
             samples.append(options.out / "latency.csv", latencies[-1:])
             say(report.latency_line(latencies[-1]))
-    crowds = [queue_run.crowd(options, folder / "crowd")] if options.actors else []
+    has_crowd = options.actors and options.seconds
+    crowds = [queue_run.crowd(options, folder / "crowd")] if has_crowd else []
     samples.append(options.out / "actors.csv", crowds)
     for crowd in crowds:
         say(report.crowd_line(crowd))

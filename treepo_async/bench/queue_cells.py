@@ -44,7 +44,7 @@ class QueueOptions:
     actors: int
     """Simulated at once; 0: that is left out."""
     seconds: float
-    """For which they deliver, and for which latency is measured."""
+    """For which they deliver, and for which latency is measured; 0: both are left out."""
     trees: int
     """Deliver so many small ones and watch the memory, in place of everything else; 0: do not."""
     out: Path
@@ -57,7 +57,7 @@ def parse(words: Sequence[str]) -> QueueOptions:
         ConfigError: an unknown key, a value that is no number, or numbers that do not go together.
     """
     values = DEFAULTS | read_words(words, DEFAULTS)
-    least = {"actors": 0, "trees": 0}
+    least = {"actors": 0, "trees": 0, "seconds": 0}
     numbers = {
         key: _number(key, values[key], least.get(key, 1))
         for key in DEFAULTS.keys() - {"tokens", "out"}

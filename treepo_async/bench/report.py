@@ -101,7 +101,7 @@ def table(summaries: Sequence[Summary]) -> str:
 def setup(cell: Cell) -> str:
     """What is the same for all cells of a sweep."""
     return (
-        f"{cell.layers} layers x {cell.hidden}, {cell.prompts} prompts at once, at most {cell.running} requests running, "
+        f"{cell.model}, {cell.prompts} prompts at once, at most {cell.running} requests running, "
         f"stop={cell.stop}"
     )
 

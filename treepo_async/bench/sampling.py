@@ -16,12 +16,20 @@ import psutil
 from treepo_async.bench import machine, plot, report, samples
 from treepo_async.bench.cells import Arm, Cell
 from treepo_async.bench.command import SamplingOptions
-from treepo_async.bench.engine import BenchEngine, EngineSize, started
+from treepo_async.bench.engine import BenchEngine, EngineModel, EngineSize, started
+from treepo_async.bench.learner_shapes import find_shape
 from treepo_async.bench.measure import measure
 from treepo_async.bench.model import cache_bytes_per_token, prepare
+from treepo_async.bench.published import (
+    DTYPE,
+    LOAD_FORMAT,
+    prepare_published,
+    published_cache_bytes,
+)
 from treepo_async.bench.samples import Sample
 from treepo_async.bench.summary import cells_of, pairs_of, summarize
 from treepo_async.config.limits import SPARE_TOKENS
+from treepo_async.cpu.environment import cuda_present
 from treepo_async.data.tokenizer import TextTokenizer
 from treepo_async.errors import ConfigError
 
@@ -42,9 +50,9 @@ async def compare(options: SamplingOptions, cache_dir: Path, say: Callable[[str]
     missing = missing_pairs(options)
     if missing:
         cell = options.cells[0]
-        model_dir = await asyncio.to_thread(prepare, cache_dir, cell.layers, cell.hidden, cell.stop)
+        model_dir, model = await asyncio.to_thread(_prepared, cache_dir, cell)
         tokenizer, small = TextTokenizer.load(model_dir), replace(cell, **_WARM_UP)
-        async with started(model_dir, size_of([small, *missing])) as engine:
+        async with started(model_dir, size_of([small, *missing]), model) as engine:
             await measure_pair(small, 1, engine, tokenizer)
             await _measure_all(options.out, missing, engine, tokenizer, say)
     write(options.out)
@@ -73,24 +81,40 @@ def missing_pairs(options: SamplingOptions) -> dict[Cell, list[int]]:
 
 
 def size_of(cells: Sequence[Cell]) -> EngineSize:
-    """An engine that holds every cell.
+    """An engine that holds every cell; of a published size on a GPU, one that holds what fits, as in training.
 
     Raises:
         ConfigError: its cache would not fit into this machine's free memory.
     """
     largest = max(cells, key=lambda cell: cell.cache_tokens)
-    needed = largest.cache_tokens * cache_bytes_per_token(largest.layers, largest.hidden)
+    fits = largest.shape and cuda_present()
+    needed = largest.cache_tokens * _cache_bytes(largest)
     free = psutil.virtual_memory().available
-    if needed > free:
+    if needed > free and not fits:
         raise ConfigError(
             f"{largest}: all responses of its prompts={largest.prompts} take {needed / 2**30:.1f} GiB of cache, "
             f"{free / 2**30:.1f} GiB are free; take fewer prompts, or less of depth, segment or width"
         )
     return EngineSize(
         context_tokens=max(cell.context for cell in cells) + SPARE_TOKENS,
-        cache_tokens=largest.cache_tokens,
+        cache_tokens=None if fits else largest.cache_tokens,
         running_requests=cells[0].running,
     )
+
+
+def _prepared(cache_dir: Path, cell: Cell) -> tuple[Path, EngineModel]:
+    if not cell.shape:
+        return prepare(cache_dir, cell.layers, cell.hidden, cell.stop), EngineModel()
+    vocab_size = find_shape(cell.shape).vocab_size
+    folder = prepare_published(cache_dir, cell.shape, cell.stop)
+    return folder, EngineModel(DTYPE, vocab_size, LOAD_FORMAT)
+
+
+def _cache_bytes(cell: Cell) -> int:
+    """Of one token."""
+    if cell.shape:
+        return published_cache_bytes(cell.shape)
+    return cache_bytes_per_token(cell.layers, cell.hidden)
 
 
 async def measure_pair(

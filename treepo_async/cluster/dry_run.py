@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from treepo_async.cluster import forecast_text
-from treepo_async.cluster.forecast import Forecast, choose_device, ram_bytes
+from treepo_async.cluster import forecast_text, placement_text
+from treepo_async.cluster.forecast import DEFAULT_GPU_GIB, Forecast, choose_device, ram_bytes
 from treepo_async.cluster.model_files import find_files, has_tokenizer
-from treepo_async.cluster.plan import describe, make_plan, shorten
+from treepo_async.cluster.placement import parse_nodes, place
+from treepo_async.cluster.plan import demand_of, describe, make_plan, shorten
 from treepo_async.cluster.prepare import choose_run_dir, read_model_config, try_inputs
 from treepo_async.cluster.resume import find_resume_version
 from treepo_async.config.schema import BUILT_IN, Config
@@ -19,14 +20,21 @@ from treepo_async.data.records import is_file, read_records
 from treepo_async.scoring.async_scorer import try_scorer
 from treepo_async.types import Prompt
 
+NODES = "--nodes=4x8 (nodes x GPUs)"
+
 
 def dry_run(
-    config: Config, *, gpu_gib: float | None, report: Callable[[int, int, float], None]
+    config: Config,
+    *,
+    gpu_gib: float | None,
+    report: Callable[[int, int, float], None],
+    nodes: str | None = None,
 ) -> str:
-    """The plan of a run, its sizes and warnings, as text.
+    """The plan of a run, its sizes and warnings, as text. No cluster is asked anything, also where `cluster.ray_address` names one.
 
     Args:
         config: of the run.
+        nodes: of the cluster, as `parse_nodes` reads them, to show who would be where; None: that is not shown.
         gpu_gib: memory of a GPU; None: see `choose_device`.
         report: see `prepare_model`; only a built-in model that is not cached takes long.
 
@@ -47,13 +55,24 @@ def dry_run(
     version = find_resume_version(run_dir, config.steps)
     step = None if version is None else version.step
     plan = make_plan(config, run_dir=run_dir, model_dir=model_dir, resume_step=step)
+    there = None if nodes is None else parse_nodes(nodes)
+    if gpu_gib is None and there is not None and any(node.gpus for node in there):
+        gpu_gib = DEFAULT_GPU_GIB
     device = choose_device(
         gpu_gib,
         has_cuda=cuda_present(),
         needed=forecast.needed_on_cpu(),
         ram_bytes=ram_bytes(),
     )
-    return f"{describe(config, plan, prompt)}\n{forecast_text.describe(forecast, device)}"
+    parts = [describe(config, plan, prompt), forecast_text.describe(forecast, device)]
+    if there is not None:
+        demand, memory = demand_of(config), forecast_text.held(forecast, device)
+        parts.append(placement_text.describe(place(demand, there), demand, memory))
+    elif config.cluster.ray_address is not None:
+        parts.append(
+            f"  nodes    {config.cluster.ray_address} is not asked; describe them: {NODES}"
+        )
+    return "\n".join(parts)
 
 
 def look_at_inputs(config: Config, model_dir: Path, model: Mapping[str, Any]) -> Prompt | str:

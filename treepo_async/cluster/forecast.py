@@ -120,6 +120,7 @@ class Forecast:
             dtype=self.config.model.dtype,
             prefill_chunk_tokens=self.config.engine.prefill_chunk_tokens,
             device_bytes=device_bytes,
+            tp=self.config.engine.tp,
         )
 
 

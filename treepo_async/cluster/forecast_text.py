@@ -19,6 +19,22 @@ def describe(forecast: Forecast, device: Device) -> str:
     return "\n".join(f"  {name:<8} {text}" for name, text in rows)
 
 
+def held(forecast: Forecast, device: Device) -> list[str]:
+    """What a rank of each stage holds, then what a GPU of an engine holds, for a table of places."""
+    ranks = forecast.ranks(on_gpu=device.gpu_bytes is not None)
+    of = "" if device.gpu_bytes is None else f" of {device.gpu_bytes / GIB:g}"
+    engine = forecast.engine(device.gpu_bytes or device.ram_bytes)
+    if device.gpu_bytes is None:
+        cache = (forecast.config.engine.max_total_tokens or 0) * engine.kv_bytes_per_token
+        return [f"{rank.total / GIB:.1f} GiB" for rank in ranks] + [
+            f"{(engine.weights + cache) / GIB:.1f} GiB"
+        ]
+    fit = max(0, engine.tokens_that_fit(device.gpu_bytes))
+    return [f"{rank.total / GIB:.1f}{of} GiB each" for rank in ranks] + [
+        f"weights {engine.weights / GIB:.1f}{of} GiB each, {fit:,} tokens of KV cache"
+    ]
+
+
 def _step(forecast: Forecast) -> Iterator[tuple[str, str]]:
     config, replay, learner = forecast.config, forecast.config.replay, forecast.config.learner
     prompts, width = replay.prompts_per_batch, config.tree.width
@@ -80,8 +96,8 @@ def _memory(forecast: Forecast, device: Device) -> Iterator[tuple[str, str]]:
         total = forecast.needed_on_cpu() / GIB
         yield "", f"all processes {total:.1f} of {device.ram_bytes / GIB:.1f}: {parts}"
     else:
-        number = forecast.layout.world_size
-        yield "", f"{number + num_engines} GPUs: {number} for ranks, {num_engines} for engines"
+        number, engine_gpus = forecast.layout.world_size, num_engines * config.engine.tp
+        yield "", f"{number + engine_gpus} GPUs: {number} for ranks, {engine_gpus} for engines"
 
 
 def _engine_text(forecast: Forecast, device: Device) -> str:

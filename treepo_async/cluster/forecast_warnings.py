@@ -35,7 +35,6 @@ def _memory_warnings(forecast: Forecast, device: Device) -> Iterator[str]:
         )
     if sizes(forecast.config)[0]:
         yield from _engine_warnings(forecast, device.gpu_bytes)
-        yield "placement on GPUs is not built: every engine starts on GPU 0, where rank 0 of the learner is too"
 
 
 def _engine_warnings(forecast: Forecast, gpu_bytes: int) -> Iterator[str]:

@@ -209,7 +209,7 @@ def head_bytes(shape: ModelShape, work: Work) -> int:
 
 @dataclass(frozen=True, slots=True)
 class EngineMemory:
-    """Bytes of one engine, whose model is on one device."""
+    """Bytes of one engine on each of its devices."""
 
     weights: int
     kv_bytes_per_token: int
@@ -218,7 +218,13 @@ class EngineMemory:
 
     @classmethod
     def of(
-        cls, shape: ModelShape, *, dtype: str, prefill_chunk_tokens: int, device_bytes: int
+        cls,
+        shape: ModelShape,
+        *,
+        dtype: str,
+        prefill_chunk_tokens: int,
+        device_bytes: int,
+        tp: int = 1,
     ) -> Self:
         """Estimate an engine; what it reserves is what SGLang 0.5 leaves out of its static memory by default.
 
@@ -226,15 +232,18 @@ class EngineMemory:
             shape: of the model.
             dtype: of weights and KV cache.
             prefill_chunk_tokens: of one forward pass.
-            device_bytes: memory of the device.
+            device_bytes: memory of a device.
+            tp: devices, which divide weights and heads; one of fewer key heads than devices is on several.
         """
         item = ITEM_BYTES[dtype]
         reserved = GIB * 5 // 8 + prefill_chunk_tokens * 3 * 2**19
         if device_bytes > 60 * GIB:
             reserved = max(reserved, 10 * GIB)
         return cls(
-            weights=model_parameters(shape) * item,
-            kv_bytes_per_token=2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * item,
+            weights=model_parameters(shape) * item // tp,
+            kv_bytes_per_token=(
+                2 * shape.num_layers * max(1, shape.num_kv_heads // tp) * shape.head_dim * item
+            ),
             reserved=reserved,
         )
 

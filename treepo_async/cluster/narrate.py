@@ -12,8 +12,10 @@ from typing import Any
 
 from treepo_async.cluster.stall import StallWatch
 from treepo_async.metrics.console import alarm_line, eval_line, step_line
+from treepo_async.metrics.ledger_sums import LedgerSums, table
 from treepo_async.metrics.record import Recorder, eval_record
 from treepo_async.metrics.sinks import Sink
+from treepo_async.metrics.trace_log import TraceLog
 
 Event = dict[str, Any]
 
@@ -39,6 +41,8 @@ class Narrator:
     say: Callable[[str], None]
     stall_s: float = STALL_S
     """Without progress it is said who is waited for."""
+    trace: TraceLog | None = None
+    """Takes what is drawn on a time line; None: nothing is kept for it."""
     ready: set[str] = field(default_factory=set)
     failures: dict[str, str] = field(default_factory=dict)
     """What each role said of its own failure."""
@@ -55,6 +59,7 @@ class Narrator:
     _finished: Counter[str] = field(default_factory=Counter)
     """Leases that each actor brought to their end."""
     _recorder: Recorder = field(default_factory=Recorder)
+    _ledgers: LedgerSums = field(default_factory=LedgerSums)
     _held_step: Event | None = None
     """A `step` that waits for the `weights` of its version."""
     _weights: Event | None = None
@@ -68,6 +73,8 @@ class Narrator:
         """Tell and record what an event brings; unknown kinds are passed over."""
         kind = event["event"]
         self._stalls.on_event(role, event, time.monotonic())
+        if self.trace is not None:
+            self.trace.on_event(role, event)
         if kind in KEPT:
             self.log.write({"time": time.time(), "role": role, **event})
         handle = {
@@ -82,13 +89,29 @@ class Narrator:
         else:
             self._on_measured(role, kind, event)
 
+    def on_last_words(self, role: str, events: Sequence[Event]) -> None:
+        """Record what a role told of its time while it was ended, and heard later; that others have gone alarms nobody."""
+        for event in events:
+            if event["event"] == "spans" and self.trace is not None:
+                self.trace.on_event(role, event)
+            elif event["event"] == "ledger":
+                self._log_ledgers(self._ledgers.add(role, event, None))
+
     def on_start(self, role: str, pid: int) -> None:
         """A role's process was started; it counts as ready once it says so."""
         self._pids[role] = pid
         self._starts[role] = time.monotonic()
         self._stalls.on_start(role, time.monotonic())
+        if self.trace is not None:
+            self.trace.on_start(role, pid)
         self.ready.discard(role)
         self.log.write({"time": time.time(), "role": role, "event": "started", "pid": pid})
+
+    def forget(self, role: str) -> None:
+        """A role is gone for good, and the run goes on."""
+        self.roles = [name for name in self.roles if name != role]
+        self._stalls.roles = self.roles
+        self._starts.pop(role, None)
 
     def line(self, text: str) -> None:
         """Say a line, with the time since the start."""
@@ -124,10 +147,25 @@ class Narrator:
             return
         its_own = weights is not None and weights["step"] == held["policy_step"]
         record = self._recorder.step(held, weights if its_own else None)
+        record |= self._ledgers.take_step()
         record |= {"pids": dict(self._pids), "leases_by_actor": dict(self._finished)}
         self._held_step = None
         self.line(step_line(record, self.num_steps))
         self._write(record)
+
+    def finish(self) -> None:
+        """Tell what the time of the run went into; no event comes any more."""
+        self._log_ledgers(self._ledgers.take_lines())
+        seconds = self._ledgers.total()
+        now = {"time": time.time(), "role": DRIVER}
+        self.log.write({**now, "event": "ledger_total", "seconds": seconds})
+        for row in table(seconds):
+            self.say(row)
+
+    def _log_ledgers(self, lines: Sequence[Event]) -> None:
+        for line in lines:
+            role = line["process"].partition("/")[0]
+            self.log.write({"time": time.time(), "role": role, **line})
 
     def _on_ready(self, role: str, _: Event) -> None:
         self.ready.add(role)
@@ -153,6 +191,10 @@ class Narrator:
                 self._recorder.tree(event)
             case "engine":
                 self._recorder.engine(event)
+            case "route":
+                self._recorder.route(event)
+            case "ledger":
+                self._log_ledgers(self._ledgers.add(role, event, time.time()))
             case "step":
                 self.flush_step()
                 self._held_step = event

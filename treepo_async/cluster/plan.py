@@ -1,13 +1,20 @@
-"""What a run will start: its roles, their wiring, and the text a person reads before it begins."""
+"""What a run will start: its roles, their wiring, and the text a person reads before it begins.
+
+A plan is made for this machine, with every role in one place. On a cluster `seated` makes another one of it, once the hosts of
+the roles (`hosts`) have said where they are and which ports are free there.
+"""
 
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from treepo_async.cluster.role import RoleSpec
+from treepo_async.cluster.placement import Demand, Placement, Share
+from treepo_async.cluster.role import RoleSpec, Site
 from treepo_async.config.cores import parse_cores
-from treepo_async.config.limits import response_limit
-from treepo_async.config.schema import Config
+from treepo_async.config.layout import Layout
+from treepo_async.config.limits import engine_urls, response_limit
+from treepo_async.config.schema import ActorConfig, Config, EngineConfig, LearnerConfig
 from treepo_async.config.wiring import EngineAddress, Wiring
 from treepo_async.process import free_ports
 from treepo_async.types import Prompt
@@ -17,6 +24,8 @@ ROLE_RESTARTS = 3
 PROMPT_CHARACTERS = 80
 MAX_ENGINES = 4
 """That an actor uses if `actor.engines` does not say."""
+NUM_PORTS = {"engine": 2, "learner": 2, "replay": 1, "actor": 0}
+"""That a role of each kind listens on: SGLang and its gate; offers of weights and the other nodes of the learner; replay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +48,7 @@ def make_plan(
     lineage: int = 0,
     resume_step: int | None = None,
 ) -> Plan:
-    """Name, number and wire the roles of a run.
+    """Name, number and wire the roles of a run on this machine.
 
     Args:
         config: of the run.
@@ -49,13 +58,11 @@ def make_plan(
         resume_step: policy step of the checkpoint to go on from.
     """
     run_id = secrets.token_hex(4)
-    num_engines, num_actors = sizes(config)
-    replay_port, *engine_ports = free_ports(1 + 2 * max(1, num_engines))
     shared = Wiring(
         run_id=run_id,
         run_dir=str(run_dir.resolve()),
         model_dir=str(model_dir.resolve()),
-        replay_endpoint=f"tcp://{config.cluster.host}:{replay_port}",
+        replay_endpoint="",
         gate_endpoint="",
         engine_url="",
         role="",
@@ -64,50 +71,132 @@ def make_plan(
         keys_dir=_resolved(config.cluster.keys_dir),
         publications_dir=_resolved(config.weights.dir),
     )
-    engines = [
-        EngineAddress(f"http://127.0.0.1:{port}", f"tcp://{config.cluster.host}:{gate}")
-        for gate, port in zip(engine_ports[::2], engine_ports[1::2], strict=True)
-    ]
-    num_used = min(config.actor.engines or MAX_ENGINES, len(engines))
+    shares = (Share(0, 0, Layout.parse(config.learner.layout).world_size, ()),)
+    names = role_names(config, num_nodes=1)
+    ports = free_ports(sum(NUM_PORTS[kind_of(name)] for name in names))
+    sites = {}
+    for name in names:
+        number = NUM_PORTS[kind_of(name)]
+        sites[name] = Site(config.cluster.host, tuple(ports[:number]))
+        ports = ports[number:]
+    return Plan(run_id, run_dir, model_dir, _roles(config, shared, shares, sites), resume_step)
 
-    def role(kind: str, index: int, cpu_threads: int = 1, cores: str | None = None) -> RoleSpec:
-        name, home = f"{kind}-{index}", index % len(engines)
-        wiring = replace(
-            shared,
-            role=name,
-            index=index,
-            gate_endpoint=engines[home].gate_endpoint,
-            engine_url=engines[home].url,
-            engines=tuple((engines[home:] + engines[:home])[:num_used]),
-        )
-        return RoleSpec(
-            name,
-            kind,
-            wiring,
-            cpu_threads,
-            ROLE_RESTARTS,
-            survives_failure=kind == "actor",
-            cores=frozenset() if cores is None else parse_cores(f"{kind}.cores", cores),
-        )
 
-    return Plan(
-        run_id,
-        run_dir,
-        model_dir,
-        (
-            *(
-                role("engine", i, config.engine.cpu_threads, config.engine.cores)
-                for i in range(num_engines)
-            ),
-            role("learner", 0, config.learner.cpu_threads, config.learner.cores),
-            role("replay", 0),
-            *(
-                role("actor", i, config.actor.cpu_threads, config.actor.cores)
-                for i in range(num_actors)
-            ),
-        ),
-        resume_step,
+def seated(plan: Plan, config: Config, placement: Placement, sites: Mapping[str, Site]) -> Plan:
+    """The plan with the wiring of a cluster.
+
+    Args:
+        plan: of one machine.
+        config: of the run.
+        placement: of its roles.
+        sites: where the host of each role is, by role.
+    """
+    roles = _roles(config, plan.roles[0].wiring, placement.learner, sites)
+    return replace(plan, roles=roles)
+
+
+def demand_of(config: Config) -> Demand:
+    """What is to be placed."""
+    num_engines, num_actors = sizes(config)
+    if config.engine.url is not None:
+        # they run already, and take no place
+        return Demand(Layout.parse(config.learner.layout), num_engines, 0, num_actors)
+    return Demand(Layout.parse(config.learner.layout), num_engines, config.engine.tp, num_actors)
+
+
+def kind_of(role: str) -> str:
+    """Of a role's name: `engine`, `learner`, `replay` or `actor`."""
+    return role.rpartition("-")[0]
+
+
+def role_names(config: Config, *, num_nodes: int) -> list[str]:
+    """Of all roles of a run, in the order in which they are started.
+
+    Args:
+        config: of the run.
+        num_nodes: that have ranks of the learner.
+    """
+    num_engines, num_actors = sizes(config)
+    numbers = (
+        ("engine", num_engines),
+        ("learner", num_nodes),
+        ("replay", 1),
+        ("actor", num_actors),
     )
+    return [f"{kind}-{index}" for kind, number in numbers for index in range(number)]
+
+
+def _roles(
+    config: Config, base: Wiring, shares: Sequence[Share], sites: Mapping[str, Site]
+) -> tuple[RoleSpec, ...]:
+    """Every role with its wiring.
+
+    Args:
+        config: of the run.
+        base: what all wirings have in common.
+        shares: of the learner, by node.
+        sites: of each role.
+    """
+    replay, leader = sites["replay-0"], sites["learner-0"]
+    engines = [_engine_address(config, index, sites) for index in range(sizes(config)[0])]
+    num_used = min(config.actor.engines or MAX_ENGINES, len(engines))
+    offers, group = leader.ports
+    shared = replace(
+        base,
+        replay_endpoint=f"tcp://{replay.address}:{replay.ports[0]}",
+        weights_endpoint=(
+            f"tcp://{leader.address}:{offers}" if config.weights.transport == "broadcast" else ""
+        ),
+        group_address=f"{leader.address}:{group}" if len(shares) > 1 else "",
+    )
+
+    def role(name: str) -> RoleSpec:
+        kind, _, number = name.rpartition("-")
+        index = int(number)
+        wiring = replace(shared, role=name, index=index, address=sites[name].address)
+        if engines:
+            home = index % len(engines)
+            wiring = replace(
+                wiring,
+                gate_endpoint=engines[home].gate_endpoint,
+                engine_url=engines[home].url,
+                engines=tuple((engines[home:] + engines[:home])[:num_used]),
+            )
+        if kind == "learner" and len(shares) > 1:
+            share = shares[index]
+            wiring = replace(wiring, first_rank=share.first_rank, num_ranks=share.num_ranks)
+        return _spec(config, kind, wiring)
+
+    return tuple(role(name) for name in role_names(config, num_nodes=len(shares)))
+
+
+def _spec(config: Config, kind: str, wiring: Wiring) -> RoleSpec:
+    sections: dict[str, EngineConfig | LearnerConfig | ActorConfig] = {
+        "engine": config.engine,
+        "learner": config.learner,
+        "actor": config.actor,
+    }
+    section = sections.get(kind)
+    cores = section.cores if section else None
+    return RoleSpec(
+        wiring.role,
+        kind,
+        wiring,
+        section.cpu_threads if section else 1,
+        ROLE_RESTARTS,
+        survives_failure=kind == "actor",
+        cores=frozenset() if cores is None else parse_cores(f"{kind}.cores", cores),
+    )
+
+
+def _engine_address(config: Config, index: int, sites: Mapping[str, Site]) -> EngineAddress:
+    """Of an engine: SGLang is reached at the address of its host, on one machine at loopback whatever replay binds."""
+    site = sites[f"engine-{index}"]
+    is_on_node = site.address != config.cluster.host
+    url = f"http://{site.address if is_on_node else '127.0.0.1'}:{site.ports[0]}"
+    if config.engine.url is not None:
+        url = engine_urls(config.engine)[index]
+    return EngineAddress(url, f"tcp://{site.address}:{site.ports[1]}")
 
 
 def _resolved(folder: str | None) -> str | None:
@@ -117,7 +206,7 @@ def _resolved(folder: str | None) -> str | None:
 def sizes(config: Config) -> tuple[int, int]:
     """Number of engines and of actors: where the trees come from a file, one of each to evaluate, or none."""
     if config.data.trees is None:
-        return config.engines, config.actors
+        return len(engine_urls(config.engine)) or config.engines, config.actors
     return (1, 1) if config.eval.every else (0, 0)
 
 

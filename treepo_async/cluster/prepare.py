@@ -137,11 +137,17 @@ def make_run_dir(run_dir: Path, config: Config, model: Mapping[str, Any]) -> Non
         config: of the run.
         model: the model's `config.json`.
     """
+    key_file = config.engine.api_key_file
     resolved = replace(
         config,
         run_dir=str(run_dir),
         tree=replace(config.tree, max_response_tokens=response_limit(config)),
-        engine=replace(config.engine, context_length=context_length(config, model)),
+        engine=replace(
+            config.engine,
+            context_length=context_length(config, model),
+            # roles may have another working directory
+            api_key_file=None if key_file is None else str(Path(key_file).resolve()),
+        ),
     )
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
     temporary = run_dir / ".config.yaml"

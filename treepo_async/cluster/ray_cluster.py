@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from treepo_async.cluster import reaper
+from treepo_async.errors import ConfigError
 from treepo_async.process import kill_recorded, record_family
 
 RECORD_S = 5.0
@@ -42,13 +44,19 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(address: str | None, *, cache_dir: Path, num_roles: int) -> Iterator[RayCluster]:
+def ray_cluster(
+    address: str | None, *, cache_dir: Path, num_cpus: int, token_file: str | None = None
+) -> Iterator[RayCluster]:
     """Connect, and leave nothing behind.
 
     Args:
         address: of an existing cluster; None starts one.
         cache_dir: holds Ray's token and the records of runs.
-        num_roles: processes that will be placed.
+        num_cpus: of a cluster that is started: a label, which Ray counts against.
+        token_file: of the existing cluster.
+
+    Raises:
+        ConfigError: there is no such cluster, or it does not take the token.
     """
     records = cache_dir / "running"
     records.mkdir(parents=True, exist_ok=True)
@@ -60,7 +68,10 @@ def ray_cluster(address: str | None, *, cache_dir: Path, num_roles: int) -> Iter
     make_importable()
     watcher = reaper.start(record, temporary)
     try:
-        ray = _connect(address, cache_dir=cache_dir, temporary=temporary, num_roles=num_roles)
+        if address is None:
+            ray = _start(cache_dir=cache_dir, temporary=temporary, num_cpus=num_cpus)
+        else:
+            ray = _connect(address, token_file)
         try:
             yield RayCluster(ray, record, watcher.pid)
         finally:
@@ -92,31 +103,67 @@ def make_importable() -> None:
     )
 
 
-def _connect(address: str | None, *, cache_dir: Path, temporary: Path, num_roles: int) -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Ray hides every GPU from a worker that asked it for none; our roles find their devices themselves
+def _start(*, cache_dir: Path, temporary: Path, num_cpus: int) -> Any:
+    """A cluster on this machine."""
+    # Ray hides every GPU from a worker that asked it for none; roles that share GPUs name theirs themselves
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's workers run at nice 15 by default, and an engine below them would too
     os.environ.setdefault("RAY_worker_niceness", "0")
-    if address is None:
-        # before the import: Ray reads both when it is loaded
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file(cache_dir)))
-    import ray
+    # before the import: Ray reads both when it is loaded
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN_PATH", str(_token_file(cache_dir)))
+    return _init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        _temp_dir=str(temporary),
+    )
 
-    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if address is None:
-        options |= {
-            "address": "local",
-            "num_cpus": num_roles,
-            "include_dashboard": False,
-            "object_store_memory": OBJECT_STORE_BYTES,
-            "_temp_dir": str(temporary),
-        }
-    else:
-        options["address"] = address
-    ray.init(**options)
+
+def _connect(address: str, token_file: str | None) -> Any:
+    """The cluster at an address.
+
+    Raises:
+        ConfigError: see `ray_cluster`.
+    """
+    if token_file is not None:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(check_token_file(token_file))
+    try:
+        return _init(address=address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        token = token_file or "not set; a cluster with RAY_AUTH_MODE=token needs it"
+        raise ConfigError(
+            f"cluster.ray_address={address} cannot be joined: {type(error).__name__}: {first_line} "
+            f"(cluster.token_file={token}); look with: ray status --address={address}"
+        ) from error
+
+
+def _init(**options: Any) -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+    import ray.util.scheduling_strategies  # named by `hosts`
+
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
     return ray
+
+
+def check_token_file(file: str) -> Path:
+    """The file of a cluster's token.
+
+    Raises:
+        ConfigError: it is missing, or open to other users.
+    """
+    path = Path(file).resolve()
+    if not path.is_file():
+        raise ConfigError(f"cluster.token_file={file} is no file; ray get-auth-token makes one")
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(
+            f"cluster.token_file={file} is open to other users; run: chmod 600 {file}"
+        )
+    return path
 
 
 def _token_file(cache_dir: Path) -> Path:

@@ -3,10 +3,15 @@
 The Ray actor only starts, watches and ends the process, so each role has its own environment and its own imports,
 dies with its Ray worker, and leaves its last lines of output. Its methods run on the worker's main thread, which
 lives as long as the worker does: the process's parent-death signal follows that thread.
+
+On a cluster a host is made first with what is known before it is placed; it says where it is (`prepare`), looks around there
+(`look`), and is told the wiring (`take`) before it starts its process.
 """
 
 import contextlib
+import ipaddress
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,10 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from treepo_async import chaos
+from treepo_async.cluster.preflight import Question, Sight, look
 from treepo_async.config.wiring import Wiring
 from treepo_async.metrics.events import parse
-from treepo_async.process import start_child, stop_child
+from treepo_async.process import free_ports, start_child, stop_child
 
 MAX_EVENTS = 10_000
 TAIL_LINES = 50
@@ -39,6 +47,18 @@ class RoleSpec:
     """Whether it is also started again when it ended by itself, with a reason."""
     cores: frozenset[int] = frozenset()
     """CPU cores it may run on; empty: any."""
+    shared_gpus: tuple[int, ...] = ()
+    """Numbers of the GPUs that it shares with other roles; empty: it has those that Ray gave to its host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a host is."""
+
+    address: str
+    """Of its node, as other nodes reach it."""
+    ports: tuple[int, ...]
+    """That are free there, for its role."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +82,18 @@ class RoleHost:
         self._child: subprocess.Popen[bytes] | None = None
         self._reader: threading.Thread | None = None
 
+    def prepare(self, address: str, num_ports: int) -> Site:
+        """So many ports of this node's address that are free."""
+        return Site(address, tuple(free_ports(num_ports, address)))
+
+    def look(self, question: Question) -> Sight:
+        """Say what this node has of what the run needs."""
+        return look(question)
+
+    def take(self, spec: RoleSpec) -> None:
+        """What to start from now on."""
+        self._spec = spec
+
     def start(self) -> int:
         """Start the process. Gives its pid."""
         threads = str(self._spec.cpu_threads)
@@ -77,6 +109,8 @@ class RoleHost:
                 "MKL_NUM_THREADS": threads,
                 "PYTHONUNBUFFERED": "1",
                 chaos.ROLE_VARIABLE: self._spec.name,
+                **socket_interface(self._spec.wiring.address),
+                **_visible(self._spec.shared_gpus),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -132,6 +166,23 @@ class RoleHost:
                 if not is_told:
                     self._events.append(_log_alarm(self._log_file, error))
                 is_told = True
+
+
+def socket_interface(address: str) -> dict[str, str]:
+    """Variables that have gloo and NCCL talk over the network interface of an address; none for loopback.
+
+    Without them each takes the interface of the machine's name, which on many clusters is another one.
+    """
+    if ipaddress.ip_address(address).is_loopback:
+        return {}
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(a.family == socket.AF_INET and a.address == address for a in addresses):
+            return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": name}
+    return {}
+
+
+def _visible(gpus: tuple[int, ...]) -> dict[str, str]:
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
 
 
 def _log_alarm(file: Path, error: OSError) -> dict[str, Any]:

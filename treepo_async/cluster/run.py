@@ -1,26 +1,35 @@
-"""One run from a checked config to its end: prepare, plan, place, supervise."""
+"""One run from a checked config to its end: connect, place, supervise."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from treepo_async.cluster.hosts import Hosts, driver_variables, open_hosts
 from treepo_async.cluster.join import invited
 from treepo_async.cluster.narrate import Narrator
-from treepo_async.cluster.plan import Plan
-from treepo_async.cluster.ray_cluster import ray_cluster
+from treepo_async.cluster.placement_text import describe as describe_placement
+from treepo_async.cluster.plan import Plan, demand_of
+from treepo_async.cluster.ray_cluster import ROOT, RayCluster, ray_cluster
+from treepo_async.cluster.runtime_env import load_runtime_env, runtime_env_of
 from treepo_async.cluster.supervise import Supervisor, SupervisorRules
 from treepo_async.config.schema import Config
 from treepo_async.metrics.sinks import JsonlSink, Sink, SparedSink, TensorBoardSink
+from treepo_async.metrics.trace_log import TRACE_FILE, RotatingSink, TraceLog
 
 
 def run(config: Config, plan: Plan, *, say: Callable[[str], None]) -> str:
     """Carry out a plan. Gives the folder of the trained model.
 
     Raises:
+        ConfigError: the cluster has no room for the run, or a node lacks something.
         RoleError: a role died for good.
         StoppedError: a signal ended the run.
     """
     sinks = _open_sinks(plan.run_dir, say, tensorboard=config.metrics.tensorboard)
     events = SparedSink(JsonlSink(plan.run_dir / "events.jsonl"), "events.jsonl", say)
+    trace = (
+        SparedSink(RotatingSink(plan.run_dir), TRACE_FILE, say) if config.metrics.trace else None
+    )
     rules = SupervisorRules(
         num_steps=config.steps,
         eval_every=config.eval.every,
@@ -28,20 +37,49 @@ def run(config: Config, plan: Plan, *, say: Callable[[str], None]) -> str:
         stop_timeout_s=config.cluster.stop_timeout_s,
         eval_timeout_s=config.eval.timeout_s,
     )
-    cache_dir = Path(config.cache_dir)
     try:
         with (
-            ray_cluster(
-                config.cluster.ray_address, cache_dir=cache_dir, num_roles=len(plan.roles)
-            ) as cluster,
-            invited(plan),
+            _cluster(config, plan) as cluster,
+            _placed(config, plan, cluster, say) as (plan_there, hosts),
+            invited(plan_there),
         ):
-            names = [role.name for role in plan.roles]
-            narrator = Narrator(config.steps, names, sinks, events, say, config.cluster.stall_s)
-            return Supervisor(cluster, plan, rules, narrator).run()
+            names = [role.name for role in plan_there.roles]
+            drawn = None if trace is None else TraceLog(trace.write)
+            narrator = Narrator(
+                config.steps, names, sinks, events, say, config.cluster.stall_s, drawn
+            )
+            return Supervisor(cluster, plan_there, rules, narrator, hosts).run()
     finally:
-        for sink in [*sinks, events]:
+        for sink in [*sinks, events, *([] if trace is None else [trace])]:
             sink.close()
+
+
+def _cluster(config: Config, plan: Plan) -> contextlib.AbstractContextManager[RayCluster]:
+    demand = demand_of(config)
+    return ray_cluster(
+        config.cluster.ray_address,
+        cache_dir=Path(config.cache_dir),
+        num_cpus=len(plan.roles) + demand.layout.world_size + demand.engine_slots,
+        token_file=config.cluster.token_file,
+    )
+
+
+@contextlib.contextmanager
+def _placed(
+    config: Config, plan: Plan, cluster: RayCluster, say: Callable[[str], None]
+) -> Iterator[tuple[Plan, Hosts]]:
+    """The plan as the cluster has it, and the hosts of its roles; on more than one node it is said who is where."""
+    is_own = config.cluster.ray_address is None
+    runtime_env = {}
+    if not is_own:
+        written = load_runtime_env(config.cluster.runtime_env)
+        runtime_env = runtime_env_of(written, driver_variables(), root=ROOT)
+    plan, hosts, placement = open_hosts(
+        cluster.ray, config, plan, runtime_env=runtime_env, is_own=is_own
+    )
+    if placement.is_shared or len(placement.nodes) > 1:
+        say(describe_placement(placement, demand_of(config)))
+    yield plan, hosts
 
 
 def _open_sinks(run_dir: Path, say: Callable[[str], None], *, tensorboard: bool) -> list[Sink]:

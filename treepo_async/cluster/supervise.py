@@ -2,23 +2,26 @@
 
 Waits: for each role to be ready after its start (`start_timeout_s`), for the learner's `done`, then for the evaluation
 of the last version (`eval_timeout_s`). Without progress the narrator says who is waited for (`cluster.stall`). A role that
-is killed is started again, and goes on where the run stands; one that ends by itself had a reason, and unless its spec
+is killed is started again, and goes on where the run stands; of those whose node is gone actors are started on another one,
+and all engines but the first are done without; one that ends by itself had a reason, and unless its spec
 says that it survives that, the run ends with a RoleError that carries its last lines. So it does when a role ends more
 often than its spec allows without a new step in between. What fails once the learner is done is only told: the model is
 there. The first Ctrl-C ends the run in order, the second one at once.
 """
 
+import contextlib
 import signal
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from treepo_async.cluster.hosts import Hosts
 from treepo_async.cluster.narrate import Narrator
 from treepo_async.cluster.plan import Plan
 from treepo_async.cluster.ray_cluster import RayCluster
-from treepo_async.cluster.role import RoleHost, RoleReport, RoleSpec
+from treepo_async.cluster.role import RoleReport, RoleSpec
 from treepo_async.errors import RoleError
 
 LOOK_S = 0.2
@@ -51,7 +54,7 @@ class Supervisor:
     plan: Plan
     rules: SupervisorRules
     narrator: Narrator
-    _hosts: dict[str, Any] = field(default_factory=dict)
+    hosts: Hosts
     _num_deaths: Counter[str] = field(default_factory=Counter)
     """Of each role, without a new step in between."""
     _step_at_death: dict[str, int] = field(default_factory=dict)
@@ -78,14 +81,14 @@ class Supervisor:
             raise
         finally:
             self._stop_all()
+            self._hear_last_words()
             self.narrator.flush_step()
+            self.narrator.finish()
         return str(done["model"])
 
     def _start_all(self) -> None:
-        remote = self.cluster.ray.remote(num_cpus=0, max_restarts=0)(RoleHost)
-        for spec in self.plan.roles:
-            self._hosts[spec.name] = remote.remote(spec, self._log_file(spec.name).resolve())
-        starts = {name: host.start.remote() for name, host in self._hosts.items()}
+        handles = self.hosts.handles
+        starts = {spec.name: handles[spec.name].start.remote() for spec in self.plan.roles}
         for name, start in starts.items():
             self.narrator.on_start(name, self._get(name, start))
 
@@ -123,7 +126,8 @@ class Supervisor:
 
     def _look(self) -> None:
         """Hand on what the roles told since the last look, and see who has ended."""
-        pairs = list(zip(self.plan.roles, self._reports(), strict=True))
+        roles = self.plan.roles
+        pairs = list(zip(roles, self._reports(), strict=True))
         for spec, report in pairs:
             for event in report.events:
                 self.narrator.on_event(spec.name, event)
@@ -137,9 +141,50 @@ class Supervisor:
         time.sleep(LOOK_S)
 
     def _reports(self) -> list[RoleReport]:
-        pending = [self._hosts[spec.name].report.remote() for spec in self.plan.roles]
-        pairs = zip(self.plan.roles, pending, strict=True)
-        return [self._get(spec.name, reference) for spec, reference in pairs]
+        roles = self.plan.roles
+        pending = [self.hosts.handles[spec.name].report.remote() for spec in roles]
+        return [self._report(*pair) for pair in zip(roles, pending, strict=True)]
+
+    def _report(self, spec: RoleSpec, reference: Any) -> RoleReport:
+        """What a role has to tell; nothing of one that the run can do without, or elsewhere, once its node is gone."""
+        try:
+            report: RoleReport = self._get(spec.name, reference)
+        except RoleError:
+            if not self.hosts.is_lost(spec.name) or not self._does_without(spec):
+                raise
+            return RoleReport([], None)
+        return report
+
+    def _does_without(self, spec: RoleSpec) -> bool:
+        """Go on without a role as it was on a node that is gone: an actor on another node, engines on those that are left.
+
+        The learner and replay have what others do not, and the first engine evaluates: they are not done without.
+        """
+        node = self.hosts.node_of(spec.name)
+        if spec.module == "actor":
+            self._count_death(spec.name)
+            if self._num_deaths[spec.name] > spec.max_restarts:
+                return False
+            there = self.hosts.move(spec)
+            if there is None:
+                return False
+            self.narrator.line(f"{spec.name} was lost with node {node}; starting it on {there}")
+            self._start(spec)
+            return True
+        if spec.module == "engine" and spec.wiring.index > 0:
+            self.narrator.line(f"{spec.name} was lost with node {node}; going on without it")
+            self._forget(spec)
+            return True
+        return False
+
+    def _forget(self, spec: RoleSpec) -> None:
+        del self.hosts.handles[spec.name]
+        self.plan = replace(self.plan, roles=tuple(r for r in self.plan.roles if r is not spec))
+        self.narrator.forget(spec.name)
+
+    def _start(self, spec: RoleSpec) -> None:
+        pid = self._get(spec.name, self.hosts.handles[spec.name].start.remote())
+        self.narrator.on_start(spec.name, pid)
 
     def _get(self, role: str, reference: Any) -> Any:
         """The result of a call to a role's host."""
@@ -148,7 +193,7 @@ class Supervisor:
             return ray.get(reference, timeout=REPORT_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             first_line = next(iter(str(error).splitlines()), "")
-            cause = f"lost its Ray worker: {type(error).__name__} {first_line}"
+            cause = f"lost its Ray worker on node {self.hosts.node_of(role)}: {type(error).__name__} {first_line}"
             raise RoleError(role, cause, self._tail_of(role)) from error
 
     def _last_evaluation(self, num_steps: int) -> int:
@@ -175,7 +220,7 @@ class Supervisor:
         return "\n".join(file.read_text().splitlines()[-30:]) if file.exists() else ""
 
     def _on_exit(self, spec: RoleSpec, report: RoleReport) -> None:
-        if report.exit_code == 0 and self.narrator.done is not None:
+        if report.exit_code == 0 and (self.narrator.done is not None or _follows(spec)):
             return
         self._count_death(spec.name)
         cause = _cause(report.exit_code)
@@ -186,8 +231,7 @@ class Supervisor:
         if not may_restart or self._num_deaths[spec.name] > spec.max_restarts:
             raise RoleError(spec.name, cause, report.tail)
         self.narrator.line(f"{spec.name} {cause}; starting it again (see logs/{spec.name}.log)")
-        pid = self._get(spec.name, self._hosts[spec.name].start.remote())
-        self.narrator.on_start(spec.name, pid)
+        self._start(spec)
 
     def _count_death(self, role: str) -> None:
         """Deaths before the run's newest step are forgiven: a long run may see many."""
@@ -199,16 +243,30 @@ class Supervisor:
 
     def _stop_all(self) -> None:
         """End all roles at once: an actor that waits for the engine's answer hears at once that it has gone."""
-        engine_last = sorted(self._hosts, key=lambda name: name.startswith("engine"))
-        stops = [self._hosts[n].stop.remote(self.rules.stop_timeout_s) for n in engine_last]
+        engine_last = sorted(self.hosts.handles, key=lambda name: name.startswith("engine"))
+        stops = [self.hosts.handles[n].stop.remote(self.rules.stop_timeout_s) for n in engine_last]
         limit = self.rules.stop_timeout_s + 10
         self.cluster.ray.wait(stops, num_returns=len(stops), timeout=limit)
+
+    def _hear_last_words(self) -> None:
+        """What the roles told of their time while they ended; a host that has gone has none."""
+        ray, deadline = self.cluster.ray, time.monotonic() + self.rules.stop_timeout_s
+        pending = {name: host.report.remote() for name, host in self.hosts.handles.items()}
+        for name, reference in pending.items():
+            with contextlib.suppress(ray.exceptions.RayError):
+                report = ray.get(reference, timeout=max(0.0, deadline - time.monotonic()))
+                self.narrator.on_last_words(name, report.events)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         if self._stopping:
             raise StoppedError
         self._stopping = True
         self.narrator.line(f"{signal.Signals(number).name}: stopping; once more to stop at once")
+
+
+def _follows(spec: RoleSpec) -> bool:
+    """Whether it is a process of the learner that ends well only as the leader says, which is heard of a moment later."""
+    return spec.module == "learner" and spec.wiring.first_rank > 0
 
 
 def _cause(exit_code: int | None) -> str:

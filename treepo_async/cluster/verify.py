@@ -3,6 +3,7 @@
     replay/ -> see `verify_replay`
     checkpoints/, weights/ -> each version against its manifest
     metrics.jsonl -> what was told of each step
+    events.jsonl -> what the time of each process went into
 
 The run may be at work: what its processes remove while it is read is nothing to tell of.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 from treepo_async.cluster import invariants
 from treepo_async.cluster.invariants import Delivery, Verdict
+from treepo_async.cluster.time_booked import time_booked
 from treepo_async.cluster.verify_replay import read_lines, verify_replay
 from treepo_async.config.command_line import load
 from treepo_async.config.wiring import CONFIG_FILE
@@ -54,6 +56,7 @@ def verify_run(run_dir: Path, *, acks: Collection[Delivery] = ()) -> list[Verdic
         ),
         invariants.fresh_told(records, max_staleness),
         invariants.steps_told(records),
+        time_booked(_ledger_lines(run_dir / "events.jsonl")),
         _folders("checkpoints", run_dir / "checkpoints", _checkpoint_damage),
         _folders("publications", run_dir / "weights", _publication_damage),
     ]
@@ -66,6 +69,10 @@ def _bounds_of(records: Iterable[Mapping[str, Any]]) -> dict[int, int]:
         for row in records
         if row.get("staleness/bound") is not None
     }
+
+
+def _ledger_lines(file: Path) -> list[Mapping[str, Any]]:
+    return [row for row in read_lines(file) if row.get("event") == "ledger"]
 
 
 def _folders(name: str, folder: Path, damage_of: Callable[[Path], str]) -> Verdict:

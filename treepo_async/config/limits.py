@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from treepo_async.config.schema import AnyConfig, Config, LearnerConfig
+from treepo_async.config.schema import AnyConfig, Config, EngineConfig, LearnerConfig
 from treepo_async.errors import ConfigError
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
@@ -11,6 +11,13 @@ ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 
 SPARE_TOKENS = 2
 """SGLang returns two tokens fewer than asked for when prompt and response fill the context exactly."""
+
+
+def engine_urls(engine: EngineConfig) -> tuple[str, ...]:
+    """Of the servers that somebody else runs, as `engine.url` names them; empty where the engines are started here."""
+    if engine.url is None:
+        return ()
+    return tuple(url.strip().rstrip("/") for url in engine.url.split(","))
 
 
 def response_limit(config: AnyConfig) -> int:

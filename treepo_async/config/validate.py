@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from treepo_async.config.cores import parse_cores
 from treepo_async.config.layout import Layout
-from treepo_async.config.limits import response_limit
+from treepo_async.config.limits import engine_urls, response_limit
 from treepo_async.config.loss_rules import check_loss
 from treepo_async.config.schema import (
     BUILT_IN,
@@ -16,6 +16,7 @@ from treepo_async.config.schema import (
     AnyConfig,
     ClusterConfig,
     Config,
+    EngineConfig,
     GenerateConfig,
     knobs,
 )
@@ -146,16 +147,22 @@ def _check_run(config: Config) -> Iterator[str]:
             f"data={config.data.path} is the built-in task of another model than model={config.model.path}; give "
             "data=FILE to evaluate on, or eval.every=0"
         )
-    if config.engine.url is not None:
-        yield (
-            f"engine.url={config.engine.url} is for launch/actor.py: a training run changes the weights of "
-            "its engines, and starts them itself"
-        )
-    if config.actor.engines is not None and config.actor.engines > config.engines:
-        yield f"actor.engines={config.actor.engines} is more than engines={config.engines}"
+    yield from _check_engines(config)
     yield from _check_deadlines(config)
     yield from _check_layout(learner.layout)
     yield from _check_host(config.cluster)
+    yield from _check_cluster(config)
+
+
+def _check_engines(config: Config) -> Iterator[str]:
+    """How many there are, and who runs them."""
+    yield from _check_url(config.engine)
+    urls = engine_urls(config.engine)
+    if urls and config.engines not in (1, len(urls)):
+        yield f"engines={config.engines} are not the {len(urls)} of engine.url={config.engine.url}; leave engines out"
+    number = len(urls) or config.engines
+    if config.actor.engines is not None and config.actor.engines > number:
+        yield f"actor.engines={config.actor.engines} is more than engines={number}"
 
 
 def _check_generation(config: GenerateConfig) -> Iterator[str]:
@@ -169,9 +176,7 @@ def _check_generation(config: GenerateConfig) -> Iterator[str]:
         if getattr(config.data, name) is not None:
             yield f"data.{name} is for training; here every record of data is taken once, leave it out"
     yield from _check_built_in(config)
-    yield from _check_url(config.engine.url)
-    if config.engine.api_key_file is not None and config.engine.url is None:
-        yield "engine.api_key_file is the key of the server at engine.url; give that too, or leave it out"
+    yield from _check_url(config.engine)
 
 
 def _check_built_in(config: AnyConfig) -> Iterator[str]:
@@ -181,9 +186,15 @@ def _check_built_in(config: AnyConfig) -> Iterator[str]:
         yield f"data={data} is the built-in task of model={data}; give model={model} its own data={own}"
 
 
-def _check_url(url: str | None) -> Iterator[str]:
-    if url is not None and not re.fullmatch(r"https?://[^/\s]+", url):
-        yield f"engine.url={url} is no http://host:port of a running SGLang server"
+def _check_url(engine: EngineConfig) -> Iterator[str]:
+    urls = engine_urls(engine)
+    for url in urls:
+        if not re.fullmatch(r"https?://[^/\s,]+", url):
+            yield f"engine.url={url} is no http://host:port of a running SGLang server"
+    if len(set(urls)) < len(urls):
+        yield f"engine.url={engine.url} names a server twice"
+    if engine.api_key_file is not None and not urls:
+        yield "engine.api_key_file is the key of the server at engine.url; give that too, or leave it out"
 
 
 def _check_host(cluster: ClusterConfig) -> Iterator[str]:
@@ -200,6 +211,17 @@ def _check_host(cluster: ClusterConfig) -> Iterator[str]:
             f"cluster.host={cluster.host} is open to other machines and needs cluster.keys_dir; make one with: "
             "python launch/keys.py DIR"
         )
+
+
+def _check_cluster(config: Config) -> Iterator[str]:
+    """What is said of a Ray cluster needs one."""
+    cluster = config.cluster
+    for key in ("token_file", "runtime_env"):
+        if getattr(cluster, key) is not None and cluster.ray_address is None:
+            yield (
+                f"cluster.{key}={getattr(cluster, key)} is of an existing Ray cluster; give cluster.ray_address, or "
+                "leave it out"
+            )
 
 
 def _check_deadlines(config: Config) -> Iterator[str]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from treepo_async.engine.routing import Move
 from treepo_async.engine.update_mode import UpdateMode, version_spans
 from treepo_async.errors import EngineError
 from treepo_async.tree.cut import Run
@@ -33,6 +34,14 @@ class Completion:
     """Time of the request outside of the server: HTTP, JSON and both event loops."""
     entropy: float | None = None
     """Of the distribution of the last token, in nats, from its most likely tokens; None if not asked for."""
+    submitted: PolicyVersion | None = None
+    """Under which the request was submitted, and its prefix computed or found."""
+    engine: str = ""
+    """Name of the engine, where there are several."""
+    move: Move = Move.HOME
+    """How it was chosen."""
+    warmed_tokens: int = 0
+    """Prefix tokens that a request before this one computed for it."""
 
 
 class Watch(NamedTuple):
@@ -119,6 +128,7 @@ def completion_of(
         cached_tokens=meta["cached_tokens"],
         overhead_s=max(0.0, wall_s - meta["e2e_latency"]),
         entropy=entropy_of([row[0] for row in top[-1]]) if top else None,
+        submitted=version,
     )
 
 

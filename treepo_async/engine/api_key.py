@@ -11,6 +11,7 @@ import secrets
 import stat
 from pathlib import Path
 
+from treepo_async.config.schema import EngineConfig
 from treepo_async.errors import ConfigError
 
 _LINE = re.compile(r'(?:api-key:\s*)?"?(?P<key>[!-~]+?)"?\s*')
@@ -56,6 +57,21 @@ def read_key(file: Path) -> str:
     if match is None:
         raise ConfigError(f"{file} holds no key; write the key alone, or api-key: KEY")
     return match["key"]
+
+
+def key_for_run(config: EngineConfig, own_file: Path) -> str | None:
+    """What the engines of a run ask of their clients: the run's own key, or that of whoever runs the servers at `engine.url`.
+
+    Args:
+        config: the section of the run's config.
+        own_file: of the run's own key, made if there is none yet.
+
+    Raises:
+        ConfigError: the file is open to other users, or holds no key.
+    """
+    if config.url is None:
+        return ensure_key(own_file)
+    return None if config.api_key_file is None else read_key(Path(config.api_key_file))
 
 
 def bearer(key: str | None) -> dict[str, str]:

@@ -14,8 +14,8 @@ import asyncio
 import contextlib
 import json
 import uuid
-from collections.abc import Coroutine, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from treepo_async.engine.answer import (
     read_stream,
 )
 from treepo_async.engine.gate import EngineGate
+from treepo_async.engine.routing import Place
 from treepo_async.engine.turns import Turns
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import DeadlineError, EngineError
@@ -55,6 +56,112 @@ class SamplingSettings:
     stop_token_ids: tuple[int, ...]
     num_top_logprobs: int = 0
     """Most likely tokens that are reported at every place, for the entropy of the last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One completion that is wanted."""
+
+    prefix: Sequence[int]
+    """Prompt and path so far, [T]."""
+    max_new_tokens: int
+    sampling: SamplingSettings
+    least_step: int = 0
+    watch: Watch | None = None
+
+    def body(self) -> dict[str, Any]:
+        """A request as SGLang wants it, without its id and its cache namespace."""
+        params: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.sampling.temperature,
+            "stop_token_ids": list(self.sampling.stop_token_ids),
+        }
+        body: dict[str, Any] = {
+            "input_ids": list(self.prefix),
+            "return_logprob": True,
+            "logprob_start_len": -1,
+            "sampling_params": params,
+        }
+        if self.sampling.num_top_logprobs:
+            body["top_logprobs_num"] = self.sampling.num_top_logprobs
+        if self.watch is not None:
+            body["stream"] = True
+            params["stream_interval"] = self.watch.every_tokens
+        return body
+
+
+@dataclass(slots=True)
+class Trouble:
+    """What has befallen one completion so far."""
+
+    num_failed: int = 0
+    """Attempts, lost connections among them."""
+    num_lost: int = 0
+    """Connections."""
+
+    @property
+    def needs_solitude(self) -> bool:
+        """Whether the server may have died of it."""
+        return self.num_lost >= MAX_LOST_TOGETHER
+
+
+async def attempts(
+    attempt: Callable[[Ask, Trouble], Awaitable[Completion]], ask: Ask
+) -> Completion:
+    """One completion; a lost connection or an abort is tried again, under the version of that time.
+
+    When the connection was lost, that is once the host has said that its server is there, so that the time
+    until it is, or until there is another host, costs one attempt.
+
+    Raises:
+        EngineError: no good answer in `MAX_ATTEMPTS`.
+        NotFiniteError, DeadlineError: of an attempt, which is not tried again.
+    """
+    trouble = Trouble()
+    while True:
+        try:
+            return await attempt(ask, trouble)
+        except (DeadlineError, NotFiniteError):
+            raise
+        except (aiohttp.ClientError, EngineError, TimeoutError) as error:
+            trouble.num_failed += 1
+            trouble.num_lost += isinstance(error, aiohttp.ClientError)
+            if trouble.num_failed == MAX_ATTEMPTS:
+                raise EngineError(
+                    f"no completion after {trouble.num_failed} attempts: {error!r}"
+                ) from error
+            await asyncio.sleep(RETRY_S)
+
+
+async def run_all(
+    complete: Callable[[Ask], Awaitable[Completion]],
+    ask: Ask,
+    num_runs: int,
+    *,
+    is_cached: bool,
+    arrived: dict[int, Completion] | None,
+) -> list[Completion]:
+    """As many completions of one ask; where its prefix is long and not cached, one request computes it before.
+
+    Args:
+        complete: makes one.
+        ask: what is wanted.
+        num_runs: how often.
+        is_cached: whether the prefix is expected in the engine's cache.
+        arrived: takes each, by its number, as soon as it is back.
+    """
+    warmed_tokens = 0
+    if num_runs > 1 and not is_cached and len(ask.prefix) >= WARM_TOKENS:
+        warm = await complete(replace(ask, max_new_tokens=0, watch=None))
+        warmed_tokens = warm.prefix_tokens - warm.cached_tokens
+    back: dict[int, Completion] = {} if arrived is None else arrived
+
+    async def run(number: int) -> None:
+        completion = await complete(ask)
+        back[number] = replace(completion, warmed_tokens=0 if number else warmed_tokens)
+
+    await all_of(run(number) for number in range(num_runs))
+    return [back[number] for number in range(num_runs)]
 
 
 class EngineClient:
@@ -88,7 +195,7 @@ class EngineClient:
         self._update_mode = update_mode
         self._turns = Turns()
 
-    async def extend(
+    async def extend(  # noqa: PLR0913 - a request has these parts, and expansion knows them all
         self,
         prefix: Sequence[int],
         *,
@@ -99,6 +206,7 @@ class EngineClient:
         is_cached: bool = True,
         watch: Watch | None = None,
         arrived: dict[int, Completion] | None = None,
+        home: Place | None = None,
     ) -> list[Completion]:
         """Continue a prefix `num_runs` times, each on its own.
 
@@ -111,76 +219,94 @@ class EngineClient:
             is_cached: whether the prefix is expected in the engine's cache already.
             watch: looks at each run while it is sampled, and may end it.
             arrived: takes each run, by its number, as soon as it is back: what there is where the call is cancelled.
+            home: where the prefix is; of one engine only the version counts.
 
         Raises:
             EngineError: a token id outside the vocabulary, or no good answer in `MAX_ATTEMPTS`.
             NotFiniteError: log-probs that are not, which is not tried again.
             DeadlineError: the gate stayed closed.
         """
-        if num_runs > 1 and not is_cached:
-            await self.warm(prefix, sampling=sampling, least_step=least_step)
-        self._check(prefix)
-        back: dict[int, Completion] = {} if arrived is None else arrived
+        ask = Ask(prefix, max_new_tokens, sampling, least_step, watch)
+        self.check(ask)
 
-        async def run(number: int) -> None:
-            back[number] = await self._complete(prefix, max_new_tokens, sampling, least_step, watch)
+        async def complete(wanted: Ask) -> Completion:
+            return await attempts(self._attempt, wanted)
 
-        await all_of(run(number) for number in range(num_runs))
-        return [back[number] for number in range(num_runs)]
+        return await run_all(
+            complete,
+            ask,
+            num_runs,
+            is_cached=is_cached and not self.has_lost(home),
+            arrived=arrived,
+        )
 
     async def warm(
         self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
-    ) -> None:
+    ) -> str:
         """Put a prefix that several runs will continue into the cache, if it is long enough to be worth a request.
+
+        Gives the name of the engine, which is empty for a single one.
 
         Raises:
             EngineError, DeadlineError: as `extend`.
         """
-        self._check(prefix)
+        ask = Ask(prefix, 0, sampling, least_step)
+        self.check(ask)
         if len(prefix) >= WARM_TOKENS:
-            await self._complete(prefix, 0, sampling, least_step)
+            await attempts(self._attempt, ask)
+        return ""
 
-    def _check(self, prefix: Sequence[int]) -> None:
-        outside = [token for token in prefix if not 0 <= token < self._vocab_size]
+    def has_lost(self, home: Place | None) -> bool:
+        """Whether a prefix that was computed under the version of `home` is of no use any more, or soon will not be."""
+        if home is None or home.version is None:
+            return False
+        status = self._gate.status()
+        # behind a closed gate the weights are about to change
+        return home.version != status.version or not status.is_open
+
+    def check(self, ask: Ask) -> None:
+        """Refuse what would kill the server.
+
+        Raises:
+            EngineError: a token id is outside of the vocabulary.
+        """
+        outside = [token for token in ask.prefix if not 0 <= token < self._vocab_size]
         if outside:
             raise EngineError(
                 f"token id {outside[0]} is outside the vocabulary of {self._vocab_size}"
             )
 
-    async def _complete(
-        self,
-        prefix: Sequence[int],
-        max_new_tokens: int,
-        sampling: SamplingSettings,
-        least_step: int,
-        watch: Watch | None = None,
+    async def attempt(
+        self, ask: Ask, *, alone: bool, patience_s: float | None = None
     ) -> Completion:
-        """One completion; a lost connection or an abort is tried again, under the version of that time.
+        """One try at one completion, under the version of its time.
 
-        When the connection was lost, that is once the host has said that its server is there, so that the time
-        until it is, or until there is another host, costs one attempt.
+        Args:
+            ask: what is wanted.
+            alone: while this client has no other request in the engine.
+            patience_s: how long to wait for the gate; None: as long as the gate itself does.
+
+        Raises:
+            ClosedError: the gate did not open, so nothing was sent.
+            aiohttp.ClientError: the connection was lost.
+            EngineError, TimeoutError: there was no good answer.
         """
-        num_lost = 0
-        for attempt in range(1, MAX_ATTEMPTS + 1):
-            turn = self._turns.alone if num_lost >= MAX_LOST_TOGETHER else self._turns.shared
-            try:
-                async with turn(), self._gate.passage(least_step) as version:
-                    body = _body(prefix, max_new_tokens, sampling, watch)
-                    completion = await self._request(body, version, watch)
-                    await self._check_proven(completion.run, version)
-                    return completion
-            except (DeadlineError, NotFiniteError):
-                raise
-            except (aiohttp.ClientError, EngineError, TimeoutError) as error:
-                if isinstance(error, aiohttp.ClientError):
-                    num_lost += 1
-                    self._gate.doubt()
-                if attempt == MAX_ATTEMPTS:
-                    raise EngineError(
-                        f"no completion after {attempt} attempts: {error!r}"
-                    ) from error
-                await asyncio.sleep(RETRY_S)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        turn = self._turns.alone if alone else self._turns.shared
+        async with turn(), self._gate.passage(ask.least_step, patience_s=patience_s) as version:
+            completion = await self._request(ask.body(), version, ask.watch)
+            await self._check_proven(completion.run, version)
+            return completion
+
+    def doubt(self) -> None:
+        """A connection was lost: let no request pass until the host has said that its server is there."""
+        self._gate.doubt()
+
+    async def _attempt(self, ask: Ask, trouble: Trouble) -> Completion:
+        try:
+            return await self.attempt(ask, alone=trouble.needs_solitude)
+        except aiohttp.ClientError:
+            self.doubt()
+            raise
 
     async def _check_proven(self, run: Run, submitted: PolicyVersion) -> None:
         newest = max((span.policy_version for span in run.spans), default=submitted)
@@ -245,26 +371,3 @@ async def all_of(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
             if not task.cancelling():
                 task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _body(
-    prefix: Sequence[int], max_new_tokens: int, sampling: SamplingSettings, watch: Watch | None
-) -> dict[str, Any]:
-    """A request as SGLang wants it, without its id and its cache namespace."""
-    params: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": sampling.temperature,
-        "stop_token_ids": list(sampling.stop_token_ids),
-    }
-    body: dict[str, Any] = {
-        "input_ids": list(prefix),
-        "return_logprob": True,
-        "logprob_start_len": -1,
-        "sampling_params": params,
-    }
-    if sampling.num_top_logprobs:
-        body["top_logprobs_num"] = sampling.num_top_logprobs
-    if watch is not None:
-        body["stream"] = True
-        params["stream_interval"] = watch.every_tokens
-    return body

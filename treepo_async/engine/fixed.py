@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-from treepo_async.errors import DeadlineError
+from treepo_async.engine.gate import GateStatus
+from treepo_async.errors import ClosedError
 from treepo_async.types import PolicyVersion
 
 VERSION = PolicyVersion(0, 0)
@@ -27,15 +28,23 @@ class FixedGate:
         self._is_doubted = False
 
     @contextlib.asynccontextmanager
-    async def passage(self, least_step: int = 0) -> AsyncIterator[PolicyVersion]:
-        """See `EngineGate`; there is one version, so any step will do."""
+    async def passage(
+        self, least_step: int = 0, *, patience_s: float | None = None
+    ) -> AsyncIterator[PolicyVersion]:
+        """See `EngineGate`; there is one version, so any step will do. A gate that is closed has no server behind it."""
+        limit_s = self._timeout_s if patience_s is None else 0.0
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(limit_s):
                 await self._open.wait()
         except TimeoutError as error:
             wait = "the server to be there again"
-            raise DeadlineError(wait, "the keeper of the engine", self._timeout_s) from error
+            raise ClosedError(wait, "the keeper of the engine", limit_s) from error
         yield VERSION
+
+    def status(self) -> GateStatus:
+        """See `EngineGate`."""
+        is_open = self._open.is_set()
+        return GateStatus(is_open, not is_open, VERSION, 0.0, None, 0)
 
     async def stands_by(self, version: PolicyVersion) -> bool:
         """See `EngineGate`."""
@@ -63,10 +72,19 @@ class FixedGate:
 class FixedEngine(Protocol):
     """A server with fixed weights and who looks after it."""
 
-    url: str
-    gate: FixedGate
     deaths: "Deaths"
-    num_restarts: int
+
+    @property
+    def url(self) -> str:
+        """Of the server."""
+
+    @property
+    def gate(self) -> FixedGate:
+        """Before it."""
+
+    @property
+    def num_restarts(self) -> int:
+        """How often it was there again."""
 
     async def start(self) -> str:
         """Open the gate once the server is there. Gives what tells its weights from others.

@@ -23,6 +23,7 @@ from treepo_async.wire.messages import (
     decode,
     numbered,
     request_of,
+    with_load,
     without_evaluation,
 )
 from treepo_async.wire.sockets import Router
@@ -53,6 +54,7 @@ class GateKeeper:
         self._clients: dict[bytes, _Client] = {}
         self._changed = asyncio.Event()
         self._hold_until = 0.0
+        self._num_in_flight = 0
 
     async def serve(self) -> None:
         """Answer clients for ever."""
@@ -80,10 +82,14 @@ class GateKeeper:
             self._hold_until = 0.0
         await self._announce(is_open=True, version=version, evaluate=evaluate)
 
-    async def close(self) -> None:
-        """Let no request in."""
+    async def close(self, *, is_down: bool = False) -> None:
+        """Let no request in; `is_down` while the server is started again."""
         version = PolicyVersion(self._gate.lineage, self._gate.step)
-        await self._announce(is_open=False, version=version, evaluate=False)
+        await self._announce(is_open=False, version=version, evaluate=False, is_down=is_down)
+
+    def tell_load(self, num_in_flight: int) -> None:
+        """Tell clients from now on that the server has so many requests."""
+        self._num_in_flight = num_in_flight
 
     async def drained(self, *, timeout_s: float) -> bool:
         """Whether every live client drained in time."""
@@ -110,7 +116,9 @@ class GateKeeper:
         now = time.monotonic()
         return [c for c in self._clients.values() if now - c.last_seen < self._silent_s]
 
-    async def _announce(self, *, is_open: bool, version: PolicyVersion, evaluate: bool) -> None:
+    async def _announce(
+        self, *, is_open: bool, version: PolicyVersion, evaluate: bool, is_down: bool = False
+    ) -> None:
         self._gate = Gate(
             epoch=self._gate.epoch + 1,
             is_open=is_open,
@@ -118,6 +126,8 @@ class GateKeeper:
             lineage=version.lineage,
             step=version.step,
             evaluate=evaluate,
+            is_down=is_down,
+            num_in_flight=self._num_in_flight,
         )
         for peer in list(self._clients):
             if not await self._router.send(peer, self._gate):
@@ -129,7 +139,8 @@ class GateKeeper:
             if client is None:
                 client = self._clients[peer] = _Client(message.name, message.evaluates, 0.0)
             client.last_seen = time.monotonic()
-            await self._router.send(peer, numbered(self._gate, message.request))
+            gate = with_load(self._gate, self._num_in_flight)
+            await self._router.send(peer, numbered(gate, message.request))
         elif isinstance(message, Drained) and client is not None:
             client.drained_epoch = max(client.drained_epoch, message.epoch)
             self._changed.set()

@@ -11,7 +11,8 @@ what still runs then is aborted), for each call of an update (`update_timeout_s`
 (`eval_timeout_s`), for a sign of life of a server that lets requests in (`hang_timeout_s`). A publication that fails its checks never reaches the server; without a good one inside the
 staleness bound nobody could go on, so the host then ends with the reason. A server that dies, hangs, fails in an
 update, or answers the probe as other weights would, is started again from the last folder that passed, and the
-publication is tried again. That also ends a pause: a server which failed in one may hold any weights, and must not
+publication is tried again; one that is broadcast is sent again to a server that has begun with the initial model, behind a
+closed gate, once the learner is there to send it. That also ends a pause: a server which failed in one may hold any weights, and must not
 go on with them.
 """
 
@@ -26,23 +27,22 @@ from pathlib import Path
 import numpy as np
 
 from treepo_async.engine.gatekeeper import GateKeeper
+from treepo_async.engine.publications import Publications
 from treepo_async.engine.server import Server
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.engine.vitals import Vitals
 from treepo_async.errors import EngineError, WeightsError
+from treepo_async.metrics.categories import ENGINE, EVALUATE, OTHER, Category
 from treepo_async.metrics.events import emit
+from treepo_async.metrics.ledger import SlotLedger
+from treepo_async.metrics.slots import Slot
+from treepo_async.metrics.spans import span
+from treepo_async.metrics.tell import Teller, telling
 from treepo_async.types import PolicyVersion
-from treepo_async.weights.manifest import (
-    Manifest,
-    Probe,
-    TensorInfo,
-    published_tensors,
-    verify,
-)
-from treepo_async.weights.store import WeightStore
+from treepo_async.weights.manifest import Manifest, Probe, TensorInfo, published_tensors
 
-LOOK_S = 0.05
-"""How often the store is looked at."""
+LOOK_S = 0.02
+"""How often publications are looked at."""
 
 BASE_VERSION = PolicyVersion(0, 0)
 
@@ -87,7 +87,7 @@ class Host:
 
     server: Server
     keeper: GateKeeper
-    store: WeightStore
+    publications: Publications
     rules: HostRules
     base_dir: Path
     """The initial model: policy version 0.0."""
@@ -97,14 +97,20 @@ class Host:
     """Whether version 0.0 is marked: where a run begins, not where a host takes the place of another."""
     applied: PolicyVersion = BASE_VERSION
     refused: set[PolicyVersion] = field(default_factory=set)
-    _checksum: str = ""
-    """Of the applied weights, as the server loaded them."""
+    _proof: Probe | None = None
+    """Of the applied weights; None for those of the initial model."""
     _base_checksum: str = ""
+    """Of the initial model, as the server loaded it."""
+    _is_behind: bool = False
+    """The server came back with other weights than it had, and lets nobody in before it has the newest."""
+    _was_held: bool = False
+    """It then was kept at a version that was being evaluated."""
     _num_restarts: int = 0
     """Since weights were last applied."""
 
     def __post_init__(self) -> None:
-        self._vitals = Vitals(self.server, self.rules.hang_timeout_s)
+        self._slot = Slot(SlotLedger(ENGINE), "server")
+        self._vitals = Vitals(self.server, self.rules.hang_timeout_s, self._on_load)
 
     async def run(self) -> None:
         """Start the server and keep it and its weights current, for ever.
@@ -116,31 +122,45 @@ class Host:
         start_s = await self.server.start(
             self.base_dir, str(self.applied), timeout_s=self.rules.start_timeout_s
         )
-        self._checksum = await self.server.checksum(timeout_s=self.rules.update_timeout_s)
-        self._base_checksum = self._checksum
-        async with asyncio.TaskGroup() as tasks:
+        self._base_checksum = await self.server.checksum(timeout_s=self.rules.update_timeout_s)
+        teller = Teller(self._slot.ledger, "engine")
+        async with telling(teller), asyncio.TaskGroup() as tasks:
             tasks.create_task(self.keeper.serve(), name="gate")
             await self._open(evaluate=self.evaluates and self.evaluates_base)
             emit("ready", url=self.server.url, start_s=start_s)
             tasks.create_task(self._vitals.watch(), name="vitals")
-            tasks.create_task(self._follow_store(), name="weights")
+            tasks.create_task(self.publications.follow(), name="publications")
+            tasks.create_task(self._follow_publications(), name="weights")
 
-    async def _follow_store(self) -> None:
+    async def _follow_publications(self) -> None:
         expected = published_tensors(self.base_dir, self.rules.dtype)
         while True:
             await asyncio.sleep(LOOK_S)
             await self._look_after_server()
-            if self.keeper.is_held():
+            if self.keeper.is_held() and not self._is_behind:
                 continue
             version = self._next_version()
             if version is None:
                 continue
             try:
-                manifest = await self._verified(version, expected)
+                with span("verify", Category.SYNC, track="verify", version=str(version)):
+                    manifest = await self._verified(version, expected)
             except WeightsError as error:
                 self._refuse(version, error)
                 continue
-            await self._apply(version, manifest)
+            before = self.applied
+            with self._slot("update", version=str(version)) as words:
+                await self._apply(version, manifest)
+                if self.applied != before:
+                    # a later version may have taken the place of the one that was asked for
+                    words["applied"] = str(self.applied)
+
+    def _on_load(self, num_in_flight: int) -> None:
+        self.keeper.tell_load(num_in_flight)
+        if num_in_flight == 0:
+            self._slot.rest(OTHER)
+        else:
+            self._slot.rest(EVALUATE if self.keeper.is_held() else "serve")
 
     async def _look_after_server(self) -> None:
         if not self.server.is_alive():
@@ -155,26 +175,25 @@ class Host:
         self, version: PolicyVersion, expected: Mapping[str, TensorInfo]
     ) -> Manifest:
         """`verify`, which takes long for a large model, while the server is looked after."""
-        work = asyncio.to_thread(verify, self.store.path(version), expected)
-        verification = asyncio.ensure_future(work)
+        verification = asyncio.ensure_future(self.publications.verified(version, expected))
         while not verification.done():
             await asyncio.wait([verification], timeout=LOOK_S)
             await self._look_after_server()
         return verification.result()
 
     def _next_version(self) -> PolicyVersion | None:
-        if self.evaluates:
-            return self.store.next_after(
-                self.applied, without=self.refused, marked_only=not self.rules.grows_trees
-            )
-        newer = set(self.store.versions()) - self.refused
-        newest = max(newer, default=self.applied)
-        return newest if newest > self.applied else None
+        return self.publications.next_after(
+            self.applied,
+            refused=self.refused,
+            # what was evaluated before a restart is not evaluated again
+            evaluates=self.evaluates and (self._was_held or not self._is_behind),
+            marked_only=not self.rules.grows_trees,
+        )
 
     def _refuse(self, version: PolicyVersion, error: WeightsError) -> None:
         """Pass over a publication, unless no tree could be grown for the learner without it."""
         self.refused.add(version)
-        if not (self.rules.grows_trees or self.store.path(version).exists()):
+        if not (self.rules.grows_trees or self.publications.has(version)):
             # the learner did not wait for its evaluation, and has removed it
             return
         emit("alarm", alarm="publication refused", version=str(version), detail=str(error))
@@ -187,16 +206,24 @@ class Host:
         begin = time.monotonic()
         await self.keeper.close()
         try:
-            await self._make_way(version)
+            with self._slot.part("drain"):
+                await self._make_way(version)
             drained = time.monotonic()
-            await self._load(version)
+            with self._slot.part("load"):
+                later = await self._load(version)
+            if later is not None:
+                version, manifest = PolicyVersion.parse(later.version), later
             loaded = time.monotonic()
-            gap = await self._proven_gap(version, manifest.probe)
-            self._checksum = await self.server.checksum(timeout_s=self.rules.update_timeout_s)
-        except EngineError as error:
-            await self._restart(f"applying {version} failed: {error}")
+            with self._slot.part("probe"):
+                gap = await self._proven_gap(version, manifest.probe)
+        except WeightsError as error:
+            await self._let_be(version, error)
             return
-        self.applied, self._num_restarts = version, 0
+        except EngineError as error:
+            await self._undo(version, error)
+            return
+        self.applied, self._num_restarts, self._proof = version, 0, manifest.probe
+        self._is_behind = self._was_held = False
         await self._open(evaluate=manifest.evaluate and self.evaluates)
         done = time.monotonic()
         emit(
@@ -207,8 +234,27 @@ class Host:
             load_s=loaded - drained,
             probe_s=done - loaded,
             pause_s=done - begin,
+            publish_to_visible_s=self.publications.age_s(manifest),
             gap=gap,
         )
+        await self.publications.loaded(version, "")
+
+    async def _let_be(self, version: PolicyVersion, cause: WeightsError) -> None:
+        """Go on with the weights that are there: the new ones were not begun with."""
+        emit("alarm", alarm="an update was not begun", version=str(version), detail=str(cause))
+        await self.publications.loaded(version, str(cause))
+        try:
+            if self.rules.update_mode is not UpdateMode.DRAIN:
+                await self.server.resume(timeout_s=self.rules.update_timeout_s)
+        except EngineError as error:
+            await self._restart(f"going on without {version} failed: {error}")
+            return
+        if not self._is_behind:
+            await self._open(evaluate=False)
+
+    async def _undo(self, version: PolicyVersion, cause: EngineError) -> None:
+        await self.publications.loaded(version, str(cause))
+        await self._restart(f"applying {version} failed: {cause}")
 
     async def _make_way(self, version: PolicyVersion) -> None:
         """Leave no request running: ended (`DRAIN`) or paused."""
@@ -219,16 +265,15 @@ class Host:
         else:
             await self.server.pause(self.rules.update_mode.value, timeout_s=limit_s)
 
-    async def _load(self, version: PolicyVersion) -> None:
+    async def _load(self, version: PolicyVersion) -> Manifest | None:
+        """See `Publications.load`."""
         mode, limit_s = self.rules.update_mode, self.rules.update_timeout_s
-        await self.server.load_weights(
-            self.store.path(version),
-            str(version),
-            timeout_s=limit_s,
-            flush=mode is not UpdateMode.IN_PLACE,
+        later = await self.publications.load(
+            self.server, version, flush=mode is not UpdateMode.IN_PLACE, timeout_s=limit_s
         )
         if mode is not UpdateMode.DRAIN:
             await self.server.resume(timeout_s=limit_s)
+        return later
 
     async def _drain(self, version: PolicyVersion) -> None:
         if await self.keeper.drained(timeout_s=self.rules.drain_timeout_s):
@@ -261,9 +306,13 @@ class Host:
 
     async def _restart(self, cause: str) -> None:
         """Start the server again with the last weights that passed, behind a closed gate."""
+        with self._slot("restart", cause=next(iter(cause.splitlines()), "")[:200]):
+            await self._restart_until_it_runs(cause)
+
+    async def _restart_until_it_runs(self, cause: str) -> None:
         held = self.applied if self.keeper.is_held() else None
         self._vitals.end()
-        await self.keeper.close()
+        await self.keeper.close(is_down=True)
         while True:
             self._num_restarts += 1
             if self._num_restarts > self.rules.max_restarts:
@@ -274,17 +323,26 @@ class Host:
                 break
             except EngineError as error:
                 cause = str(error)
+        if self._is_behind:
+            self._was_held = self._was_held or held is not None
+            return
         await self._open(evaluate=self.applied == held)
 
     async def _start_again(self) -> None:
         await self.server.stop()
-        folder = self.base_dir if self.applied == BASE_VERSION else self.store.path(self.applied)
-        if not folder.is_dir():
+        if self.applied != BASE_VERSION and not self.publications.survives_restarts:
+            self.applied, self._proof, self._is_behind = BASE_VERSION, None, True
+        elif self.applied != BASE_VERSION and not self.publications.has(self.applied):
             # with several engines the learner publishes on while an evaluation holds this one back
-            self.applied, self._checksum, folder = BASE_VERSION, self._base_checksum, self.base_dir
+            self.applied, self._proof = BASE_VERSION, None
+        is_base = self.applied == BASE_VERSION
+        folder = self.base_dir if is_base else self.publications.folder_of(self.applied)
         await self.server.start(folder, str(self.applied), timeout_s=self.rules.start_timeout_s)
+        if self._proof is not None:
+            await self._proven_gap(self.applied, self._proof)
+            return
         checksum = await self.server.checksum(timeout_s=self.rules.update_timeout_s)
-        if checksum != self._checksum:
+        if checksum != self._base_checksum:
             raise EngineError(f"{folder} gave other weights than before ({checksum})")
 
     async def _open(self, *, evaluate: bool) -> None:

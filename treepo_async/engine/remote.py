@@ -9,32 +9,20 @@ their old name while it is there are not noticed. Waits: for each answer (`CALL_
 import asyncio
 import contextlib
 import logging
-import re
-import uuid
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import aiohttp
 
+from treepo_async.engine.fits import Identity, check_room, check_vocabulary, identify
 from treepo_async.engine.fixed import Deaths, FixedGate
 from treepo_async.errors import ConfigError, EngineError, WeightsError
 
 LOOK_S = 0.2
 CALL_TIMEOUT_S = 10.0
 CHECKSUM_TIMEOUT_S = 120.0
-LEAST_VERSION = (0, 5, 23)
-"""Of SGLang: earlier ones do not say under which weights each token was sampled."""
-NO_TOKEN = 2**31 - 1
-_RANGE = re.compile(r"valid range is \[0, (\d+)\)")
 
 log = logging.getLogger(__name__)
-
-
-class Identity(NamedTuple):
-    """What a server says of its weights."""
-
-    model_path: str
-    weight_version: str
 
 
 @dataclass
@@ -64,10 +52,9 @@ class RemoteEngine:
             ConfigError: nothing answers there, or the server does not fit.
         """
         try:
-            self._identity = await self._identify()
-            info = await self._call("GET", "/server_info")
-            self._check_info(info)
-            await self._check_vocabulary()
+            self._identity = await identify(self._call)
+            check_room(await self._call("GET", "/server_info"), self.context_length)
+            await check_vocabulary(self._call, self.vocab_size)
             self._checksum = await self._read_checksum()
         except EngineError as error:
             raise ConfigError(f"engine.url={self.url}: {error}") from error
@@ -84,7 +71,7 @@ class RemoteEngine:
 
     async def confirm(self) -> None:
         """See `FixedEngine`."""
-        found = await self._identify()
+        found = await identify(self._call)
         if found != self._identity:
             raise WeightsError(
                 f"{self.url} has other weights now: {found}, was {self._identity}; a file holds trees of one "
@@ -133,50 +120,6 @@ class RemoteEngine:
             if checksum != self._checksum:
                 raise WeightsError(f"{self.url} came back with other weights ({checksum})")
             return
-
-    async def _identify(self) -> Identity:
-        found = await self._call("GET", "/model_info")
-        if not isinstance(found, dict) or "model_path" not in found:
-            raise EngineError("it answers, but not as an SGLang server does")
-        if not found.get("is_generation", True):
-            raise EngineError(f"{found['model_path']} is no model that generates text")
-        return Identity(str(found["model_path"]), str(found.get("weight_version")))
-
-    def _check_info(self, info: dict[str, Any]) -> None:
-        version = str(info.get("version"))
-        numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:3])
-        if numbers < LEAST_VERSION:
-            least = ".".join(map(str, LEAST_VERSION))
-            raise EngineError(f"it is SGLang {version}, {least} or later is needed")
-        room = info.get("context_length") or info.get("max_req_input_len")
-        if not isinstance(room, int) or room < self.context_length:
-            raise EngineError(
-                f"its context is {room} tokens, prompt and response need up to {self.context_length}; start it "
-                "with more, or lower data.max_prompt_tokens, tree.max_depth or engine.context_length"
-            )
-
-    async def _check_vocabulary(self) -> None:
-        """Ask for the log-prob of a token that cannot exist: the refusal names the vocabulary's size."""
-        body = {
-            "rid": uuid.uuid4().hex,
-            "input_ids": [0],
-            "return_logprob": True,
-            "token_ids_logprob": [NO_TOKEN],
-            "sampling_params": {"max_new_tokens": 1},
-        }
-        try:
-            await self._call("POST", "/generate", body)
-        except EngineError as error:
-            named = _RANGE.search(str(error))
-            if named is None:
-                raise
-        else:
-            raise EngineError(f"it takes {NO_TOKEN} for a token id, so its vocabulary is unknown")
-        if named[1] != str(self.vocab_size):
-            raise EngineError(
-                f"its vocabulary has {named[1]} tokens, that of model.path {self.vocab_size}; give model= the "
-                "model that it serves"
-            )
 
     async def _read_checksum(self) -> str:
         found = await self._call(

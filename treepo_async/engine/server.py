@@ -43,6 +43,12 @@ class ServerOptions:
     """Whether weights change while requests run or wait; see `command`."""
     key_file: Path | None = None
     """Of the key that it asks of its clients; see `api_key`. None: it asks for none."""
+    tp: int = 1
+    """Its ranks, each with a GPU."""
+    load_format: str = "auto"
+    """Where weights come from; `dummy`: from nowhere, for measuring."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
 
 
 def options_of(
@@ -53,6 +59,7 @@ def options_of(
     log_file: Path,
     updates_under_load: bool = False,
     key_file: Path | None = None,
+    host: str = "127.0.0.1",
 ) -> ServerOptions:
     """What the config says of the server.
 
@@ -63,6 +70,7 @@ def options_of(
         log_file: takes the server's output.
         updates_under_load: see `command`.
         key_file: of the key that it asks of its clients.
+        host: address to listen on.
     """
     engine = config.engine
     return ServerOptions(
@@ -75,6 +83,8 @@ def options_of(
         log_file=log_file,
         updates_under_load=updates_under_load,
         key_file=key_file,
+        tp=engine.tp,
+        host=host,
     )
 
 
@@ -92,7 +102,7 @@ def command(
     """
     flags = {
         "--model-path": str(model_dir),
-        "--host": "127.0.0.1",
+        "--host": options.host,
         "--port": options.port,
         "--dtype": options.dtype,
         "--context-length": options.context_length,
@@ -104,6 +114,10 @@ def command(
     }
     if options.key_file is not None:
         flags["--config"] = str(options.key_file)
+    if options.tp > 1:
+        flags["--tp-size"] = options.tp
+    if options.load_format != "auto":
+        flags["--load-format"] = options.load_format
     if options.max_total_tokens is not None:
         flags["--max-total-tokens"] = options.max_total_tokens
     switches = [
@@ -144,9 +158,13 @@ class Server:
             session: HTTP connections, with the key of `options.key_file` in their headers.
         """
         self.options = options
-        self.url = f"http://127.0.0.1:{options.port}"
+        self.url = f"http://{options.host}:{options.port}"
         self._session = session
         self._child: subprocess.Popen[bytes] | None = None
+        self.incarnation = ""
+        """Another one for each start."""
+        self.groups: set[str] = set()
+        """Of senders of weights, which it has joined since it was started."""
 
     async def start(self, model_dir: Path, weight_version: str, *, timeout_s: float) -> float:
         """Start with the weights in `model_dir` and wait until requests are taken. Gives the seconds it took.
@@ -155,6 +173,8 @@ class Server:
             EngineError: it died or was not ready in time; carries the end of its log.
         """
         begin, cuda = time.monotonic(), cuda_present()
+        self.incarnation = uuid.uuid4().hex
+        self.groups.clear()
         env = environment(cuda, offline=True) | {"SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
         with self.options.log_file.open("ab") as log:
             self._child = start_child(
@@ -205,6 +225,11 @@ class Server:
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(f"SGLang {path}: {error!r}") from error
 
+    async def _told(self, path: str, body: Mapping[str, Any], *, timeout_s: float) -> None:
+        answer = await self.post(path, body, timeout_s=timeout_s)
+        if answer.get("success") is not True:
+            raise EngineError(f"SGLang {path}: {answer.get('message')}")
+
     async def flush_cache(self, *, timeout_s: float) -> None:
         """Drop all cached prefixes once the scheduler has retired every request.
 
@@ -243,6 +268,84 @@ class Server:
         answer = await self.post("/update_weights_from_disk", body, timeout_s=timeout_s)
         if answer.get("success") is not True:
             raise EngineError(f"SGLang refused {folder}: {answer.get('message')}")
+
+    async def join_group(
+        self, name: str, address: str, port: int, *, tp: int, timeout_s: float
+    ) -> None:
+        """Have all ranks join a group whose rank 0 is a sender of weights; it must be there, or SGLang freezes until it is.
+
+        Args:
+            name: of the group.
+            address: where the sender is.
+            port: where it listens.
+            tp: ranks of this server.
+            timeout_s: of the call.
+
+        Raises:
+            EngineError: they did not join in time; the server may be frozen.
+        """
+        body = {
+            "master_address": address,
+            "master_port": port,
+            "rank_offset": 1,
+            "world_size": tp + 1,
+            "group_name": name,
+            "backend": "nccl" if cuda_present() else "gloo",
+        }
+        await self._told("/init_weights_update_group", body, timeout_s=timeout_s)
+        self.groups.add(name)
+
+    async def begin_update(self, *, timeout_s: float) -> None:
+        """From now on buckets may come.
+
+        Raises:
+            EngineError: SGLang refused.
+        """
+        await self._told("/begin_weight_update", {}, timeout_s=timeout_s)
+
+    async def receive_bucket(
+        self,
+        group: str,
+        names: Sequence[str],
+        dtypes: Sequence[str],
+        shapes: Sequence[Sequence[int]],
+        *,
+        weight_version: str | None,
+        flush: bool,
+        timeout_s: float,
+    ) -> None:
+        """Take a bucket that is being broadcast, and load its tensors.
+
+        Args:
+            group: that it comes by.
+            names: of the tensors, in the order of their bytes.
+            dtypes: of each, as torch spells it.
+            shapes: of each.
+            weight_version: what tokens sampled from now on are said to be of; None: as before.
+            flush: also drop all cached prefixes; see `load_weights`.
+            timeout_s: of the call.
+
+        Raises:
+            EngineError: SGLang did not take or load it; its weights may be a mixture.
+        """
+        body = {
+            "names": names,
+            "dtypes": dtypes,
+            "shapes": shapes,
+            "group_name": group,
+            "load_format": "flattened_bucket",
+            "weight_version": weight_version,
+            "flush_cache": flush,
+        }
+        await self._told("/update_weights_from_distributed", body, timeout_s=timeout_s)
+
+    async def end_update(self, *, timeout_s: float) -> None:
+        """No more buckets come.
+
+        Raises:
+            EngineError: SGLang refused.
+        """
+        await self._told("/end_weight_update", {}, timeout_s=timeout_s)
 
     async def checksum(self, *, timeout_s: float) -> str:
         """A hash over all loaded tensors, equal for equal weights in any process."""

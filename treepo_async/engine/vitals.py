@@ -6,6 +6,7 @@ Waits: for SGLang's counters (2 s a call), for an answer to a probe of life (`ha
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 
 from treepo_async.engine.pulse import Pulse
 from treepo_async.engine.server import Server, num_in_flight
@@ -23,17 +24,24 @@ PROBE_IDS = (0, 0)
 log = logging.getLogger(__name__)
 
 
+def _ignore(_: int) -> None:
+    return
+
+
 class Vitals:
     """See the module; `watch()` must run beside its users."""
 
-    def __init__(self, server: Server, hang_s: float) -> None:
+    def __init__(
+        self, server: Server, hang_s: float, on_load: Callable[[int], None] = _ignore
+    ) -> None:
         """Prepare.
 
         Args:
             server: to look at.
             hang_s: without a sign of life it hangs.
+            on_load: is told, with every sample, how many requests the server has.
         """
-        self._server, self._hang_s = server, hang_s
+        self._server, self._hang_s, self._on_load = server, hang_s, on_load
         self._pulse = Pulse(hang_s)
         self._is_at_work = False
         self._probe: asyncio.Task[None] | None = None
@@ -76,6 +84,7 @@ class Vitals:
             return None
         in_flight = num_in_flight(loads)
         self._pulse.see(loads, in_flight, time.monotonic())
+        self._on_load(in_flight)
         return in_flight == 0
 
     async def _ask_for_life(self) -> None:

@@ -28,6 +28,7 @@ class Order(IntEnum):
     SCORE = 3
     EXPORT = 4
     STOP = 5
+    OFFER = 6
 
 
 class Control:

@@ -53,6 +53,8 @@ def open_groups(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         distributed_timeout_minutes=timeout_s / 60,
+        # the ranks of a node follow each other: a pipeline is on as few nodes as can be (see cluster.placement)
+        order="tp-cp-ep-pp-dp",
     )
 
 
@@ -120,6 +122,26 @@ def to_first_stage(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str,
     yield from tensors
     for stage in range(1, group.size()):
         yield from _receive(stage, group)
+
+
+def is_stage_lead() -> bool:
+    """Whether this is the first rank of its pipeline stage, in the first replica: it has what `hf.export_stage` yields."""
+    return bool(
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank() == 0
+    )
+
+
+def words_to_first_stage(words: Any) -> list[Any]:
+    """Bring what JSON can say of every stage of this rank's pipeline to its first; nothing on the others.
+
+    Every rank of the pipeline must call it.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.rank() > 0:
+        _send_words(words, group)
+        return []
+    return [words, *(_receive_words(stage, group) for stage in range(1, group.size()))]
 
 
 def _send(tensors: Iterator[tuple[str, Tensor]], group: Any) -> None:

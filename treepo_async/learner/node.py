@@ -7,6 +7,8 @@ is done, the others have `END_S`. A rank whose cause lies in the run itself (any
 
 Without CUDA the ranks are forked from this process, which has imported everything and started no thread: eight ranks
 then start in seconds and share most of their memory. With CUDA, which does not survive a fork, they are spawned.
+
+Neighbours: where the ranks are on several nodes, `lead` and `follow` have each node start and watch its own.
 """
 
 import gc
@@ -15,10 +17,10 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -50,6 +52,13 @@ class Failure:
     cause: str
     is_final: bool
     """Whether starting again would end in the same way."""
+    was_killed: bool = False
+    """Whether somebody ended a process, which makes others fail."""
+
+    @property
+    def weight(self) -> tuple[bool, bool]:
+        """Of several failures of one group the one of the highest weight is the cause."""
+        return self.is_final, self.was_killed
 
 
 def run_ranks(make_work: Callable[[], Work], *, num_ranks: int, max_restarts: int) -> None:
@@ -63,29 +72,93 @@ def run_ranks(make_work: Callable[[], Work], *, num_ranks: int, max_restarts: in
     Raises:
         TreepoError: a rank failed for a reason of the run, or the group failed too often.
     """
-    gc.collect()
-    gc.freeze()
+    spare_garbage()
     num_restarts = 0
     while (failure := _run_once(make_work(), num_ranks)) is not None:
-        if failure.is_final:
-            raise TreepoError(failure.cause)
-        if num_restarts == max_restarts:
-            raise TreepoError(f"gave up after {max_restarts} restarts: {failure.cause}")
+        check_restart(failure, num_restarts, max_restarts)
         num_restarts += 1
-        emit("alarm", alarm="the learner's ranks are started again", detail=failure.cause)
+
+
+def spare_garbage() -> None:
+    """What was imported stays out of the collector, so that forked ranks share its memory."""
+    gc.collect()
+    gc.freeze()
+
+
+def check_restart(failure: Failure, num_restarts: int, max_restarts: int) -> None:
+    """Tell of a failure after which all ranks start again.
+
+    Raises:
+        TreepoError: they do not.
+    """
+    if failure.is_final:
+        raise TreepoError(failure.cause)
+    if num_restarts == max_restarts:
+        raise TreepoError(f"gave up after {max_restarts} restarts: {failure.cause}")
+    emit("alarm", alarm="the learner's ranks are started again", detail=failure.cause)
 
 
 def _run_once(work: Work, num_ranks: int) -> Failure | None:
     """Start every rank and wait for the end; None when all ended well."""
-    ranks = [_start(work, number) for number in range(num_ranks)]
+    ranks = Ranks.start(work, range(num_ranks))
     try:
         return _watch(ranks)
     finally:
-        for rank in ranks:
+        ranks.kill()
+
+
+def _watch(ranks: "Ranks") -> Failure | None:
+    deadline = None
+    while ranks.running:
+        wait_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ended = wait(ranks.sentinels(), timeout=wait_s)
+        if not ended:
+            return Failure(f"{ranks} did not end {END_S:g} s after rank 0", is_final=False)
+        failure = ranks.reap(ended)
+        if failure is not None:
+            return failure
+        deadline = deadline or time.monotonic() + END_S
+    return None
+
+
+@dataclass
+class Ranks:
+    """The ranks of one start that are on this node."""
+
+    all: list[Rank]
+    running: list[Rank]
+
+    @classmethod
+    def start(cls, work: Work, numbers: Iterable[int]) -> Self:
+        """Start ranks by their numbers."""
+        ranks = [_start(work, number) for number in numbers]
+        return cls(ranks, list(ranks))
+
+    def sentinels(self) -> list[int]:
+        """Of the running ones, for `multiprocessing.connection.wait`."""
+        return [rank.process.sentinel for rank in self.running]
+
+    def reap(self, ended: Collection[Any]) -> Failure | None:
+        """Take those off whose sentinels are among `ended`. Gives the failure that counts most."""
+        over = [rank for rank in self.running if rank.process.sentinel in ended]
+        self.running = [rank for rank in self.running if rank not in over]
+        for rank in over:
+            # its end is seen a moment before its exit code is there
+            rank.process.join()
+        failures = [_failure(rank) for rank in over if rank.process.exitcode]
+        return max(failures, key=lambda failure: failure.weight, default=None)
+
+    def kill(self) -> None:
+        """End all of them."""
+        for rank in self.all:
             rank.process.kill()
-        for rank in ranks:
+        for rank in self.all:
             rank.process.join()
             rank.words.close()
+        self.all, self.running = [], []
+
+    def __str__(self) -> str:
+        return f"ranks {', '.join(str(rank.number) for rank in self.running)}"
 
 
 def _start(work: Work, number: int) -> Rank:
@@ -99,35 +172,15 @@ def _start(work: Work, number: int) -> Rank:
     return Rank(number, process, words)
 
 
-def _watch(ranks: list[Rank]) -> Failure | None:
-    running, deadline = list(ranks), None
-    while running:
-        wait_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ended = wait([rank.process.sentinel for rank in running], timeout=wait_s)
-        if not ended:
-            numbers = ", ".join(str(rank.number) for rank in running)
-            return Failure(f"ranks {numbers} did not end {END_S:g} s after rank 0", is_final=False)
-        over = [rank for rank in running if rank.process.sentinel in ended]
-        for rank in over:
-            # its end is seen a moment before its exit code is there
-            rank.process.join()
-        failed = [rank for rank in over if rank.process.exitcode]
-        if failed:
-            # a rank that was killed makes others fail: it is the cause
-            return _failure(min(failed, key=lambda rank: rank.process.exitcode or 0))
-        running = [rank for rank in running if rank not in over]
-        deadline = deadline or time.monotonic() + END_S
-    return None
-
-
 def _failure(rank: Rank) -> Failure:
     code = rank.process.exitcode or 0
     if code < 0:
-        return Failure(f"rank {rank.number} was killed by {signal.Signals(-code).name}", False)
+        cause = f"rank {rank.number} was killed by {signal.Signals(-code).name}"
+        return Failure(cause, is_final=False, was_killed=True)
     if rank.words.poll():
         said = json.loads(rank.words.recv_bytes())
         return Failure(f"rank {rank.number}: {said['cause']}", said["is_final"])
-    return Failure(f"rank {rank.number} ended with code {code}", False)
+    return Failure(f"rank {rank.number} ended with code {code}", is_final=False)
 
 
 def _main(work: Work, number: int, words: Connection, parent: int) -> None:

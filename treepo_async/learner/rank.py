@@ -1,6 +1,7 @@
 """One rank of the learner: rank 0 runs the worker's loop, the others follow it."""
 
 import os
+import secrets
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from treepo_async.config.wiring import POLICY_FILE, Wiring
 from treepo_async.errors import DataError
 from treepo_async.learner.attention.plan import resolve
 from treepo_async.learner.batch import BatchRules
+from treepo_async.learner.broadcast import StageBroadcast
+from treepo_async.learner.broadcast_desk import DeskThread
 from treepo_async.learner.build import build_learner
 from treepo_async.learner.checkpoint import load as load_checkpoint
 from treepo_async.learner.control import Control
@@ -27,18 +30,24 @@ from treepo_async.learner.groups import close_groups, open_groups
 from treepo_async.learner.loss.settings import loss_settings
 from treepo_async.learner.optimizer import OptimizerSettings
 from treepo_async.learner.packing.cost import CostModel
+from treepo_async.learner.publishers import BroadcastPublisher, FolderPublisher, Publisher
 from treepo_async.learner.start import Start
 from treepo_async.learner.step import Learner
 from treepo_async.learner.team import Team
 from treepo_async.learner.worker import Worker, WorkerRules
+from treepo_async.metrics.categories import RANK
 from treepo_async.metrics.events import emit
-from treepo_async.weights.checkpoints import Checkpoint, CheckpointStore
-from treepo_async.weights.export import copy_companions, write_folder
+from treepo_async.metrics.ledger import SlotLedger
+from treepo_async.metrics.slots import Slot
+from treepo_async.metrics.tell import Teller, telling_beside
+from treepo_async.weights.checkpoints import WEIGHTS_KIND, Checkpoint, CheckpointStore
+from treepo_async.weights.desk import Desk
+from treepo_async.weights.export import copy_companions, export, write_folder
 from treepo_async.weights.lineages import Lineages
 from treepo_async.weights.manifest import WEIGHTS_FILE
 from treepo_async.weights.store import WeightStore
 from treepo_async.wire.hello import hello_of
-from treepo_async.wire.keys import client_keys
+from treepo_async.wire.keys import client_keys, server_keys
 from treepo_async.wire.sockets import BlockingRequester
 
 RESEND_S = 4.0
@@ -70,20 +79,47 @@ def run_rank(job: RankJob, rank: int) -> None:
         rank=rank,
         address=job.address,
         timeout_s=settings.group_timeout_s,
-        local_rank=rank,
+        local_rank=rank - job.wiring.first_rank,
     )
     emit("rank", rank=rank, pid=os.getpid())
     control = Control(timeout_s=settings.group_timeout_s)
     learner = learner_of(job)
     if job.checkpoint is not None:
         load_checkpoint(learner, job.checkpoint)
-    team = Team(learner, control)
+    broadcast = _broadcast(job) if job.wiring.weights_endpoint else None
+    team = Team(learner, control, broadcast)
     if rank == 0:
         _lead(job, team)
         team.stop()
     else:
-        team.follow()
+        slot = Slot(SlotLedger(RANK), f"rank-{rank}")
+        with telling_beside(Teller(slot.ledger, "rank", rank=rank)):
+            team.follow(slot)
+    if broadcast is not None:
+        broadcast.close()
     close_groups()
+
+
+def _broadcast(job: RankJob) -> StageBroadcast:
+    """This rank's part in sending weights to engines."""
+    wiring, settings = job.wiring, job.config.weights
+
+    def connect() -> BlockingRequester:
+        return BlockingRequester(
+            wiring.weights_endpoint,
+            name=wiring.role,
+            owner="the learner's first rank",
+            hello=hello_of(wiring),
+            keys=client_keys(wiring.keys_dir, wiring.role),
+            resend_s=RESEND_S,
+        )
+
+    return StageBroadcast.open(
+        connect,
+        address=wiring.address,
+        bucket_bytes=settings.bucket_bytes,
+        timeout_s=settings.timeout_s,
+    )
 
 
 def _lead(job: RankJob, team: Team) -> None:
@@ -97,6 +133,7 @@ def _lead(job: RankJob, team: Team) -> None:
         keys=client_keys(wiring.keys_dir, wiring.role),
         resend_s=RESEND_S,
     )
+    desk = _desk(job) if wiring.weights_endpoint else None
     try:
         replay.ask(
             hello_of(wiring),
@@ -107,17 +144,40 @@ def _lead(job: RankJob, team: Team) -> None:
         weights = WeightStore(
             wiring.weights_dir,
             keep=job.config.replay.max_staleness + 3,
-            keep_marked=0 if job.config.data.trees is None else KEPT_TO_EVALUATE,
+            keep_marked=_kept_to_evaluate(job.config),
             unremoved=partial(_tell_unremoved, "publication"),
         )
-        worker = _worker(job, team, replay, weights)
+        worker = _worker(job, team, replay, weights, desk)
         emit("ready")
-        num_steps = worker.run()
+        with telling_beside(Teller(worker.ledger, "learner", rank=0)):
+            num_steps = worker.run()
     finally:
         replay.close()
     _check_steps(num_steps, job.config.steps)
     folder = team.keep_waiting(partial(_save_model, wiring, weights, job.config.model.dtype))
     emit("done", num_steps=num_steps, model=str(folder))
+    if desk is not None:
+        desk.close()
+
+
+def _desk(job: RankJob) -> DeskThread:
+    """Where engine hosts get the weights from."""
+    wiring = job.wiring
+    desk = Desk(
+        name=f"{wiring.run_id}.{secrets.token_hex(4)}",
+        num_stages=job.layout.pp,
+        keep_marked=_kept_to_evaluate(job.config) or 1,
+    )
+    return DeskThread(
+        desk,
+        wiring.weights_endpoint,
+        run_id=wiring.run_id,
+        keys=server_keys(wiring.keys_dir),
+    )
+
+
+def _kept_to_evaluate(config: Config) -> int:
+    return 0 if config.data.trees is None else KEPT_TO_EVALUATE
 
 
 def _check_steps(num_steps: int, wanted: int) -> None:
@@ -164,7 +224,13 @@ def optimizer_settings(settings: LearnerConfig) -> OptimizerSettings:
     )
 
 
-def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: WeightStore) -> Worker:
+def _worker(
+    job: RankJob,
+    team: Team,
+    replay: BlockingRequester,
+    weights: WeightStore,
+    desk: DeskThread | None,
+) -> Worker:
     config, settings = job.config, job.config.learner
     checkpoints = CheckpointStore(
         job.wiring.checkpoints_dir,
@@ -185,7 +251,7 @@ def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: Weight
         replay,
         weights,
         checkpoints,
-        config_file=Path(job.wiring.model_dir) / "config.json",
+        publisher=_publisher(job, team, weights, desk),
         start=start,
         rules=WorkerRules(
             num_steps=config.steps,
@@ -197,10 +263,19 @@ def _worker(job: RankJob, team: Team, replay: BlockingRequester, weights: Weight
             batch_timeout_s=settings.batch_timeout_s,
             reply_timeout_s=config.cluster.start_timeout_s,
             gap_alarm=gap_alarm(config),
-            dtype=getattr(torch, config.model.dtype),
             layout=str(job.layout),
         ),
     )
+
+
+def _publisher(
+    job: RankJob, team: Team, weights: WeightStore, desk: DeskThread | None
+) -> Publisher:
+    dtype, limit_s = getattr(torch, job.config.model.dtype), job.config.cluster.start_timeout_s
+    if desk is not None:
+        return BroadcastPublisher(weights, team, desk, dtype, limit_s)
+    config_file = Path(job.wiring.model_dir) / "config.json"
+    return FolderPublisher(weights, team, dtype, config_file, limit_s)
 
 
 def batch_rules(config: Config) -> BatchRules:
@@ -223,15 +298,24 @@ def batch_rules(config: Config) -> BatchRules:
 
 
 def _save_model(wiring: Wiring, weights: WeightStore, dtype: str) -> Path:
-    """The last publication with the tokenizer beside it: a Hugging Face folder, complete by one rename."""
+    """The last publication with the tokenizer beside it: a Hugging Face folder, complete by one rename.
+
+    Where publications have no tensors, they come from the last checkpoint, which is of the same version.
+    """
     folder, version = Path(wiring.run_dir) / "model", weights.versions()[-1]
+    shutil.rmtree(folder, ignore_errors=True)
+    if not (weights.path(version) / WEIGHTS_FILE).exists():
+        checkpoint = CheckpointStore(wiring.checkpoints_dir, keep=1).at(
+            version, kinds=[WEIGHTS_KIND]
+        )
+        export(checkpoint, Path(wiring.model_dir), folder, dtype=dtype)
+        return folder
 
     def fill(building: Path) -> None:
         copy_companions(Path(wiring.model_dir), building, dtype=dtype)
         shutil.copyfile(weights.path(version) / WEIGHTS_FILE, building / WEIGHTS_FILE)
         (building / POLICY_FILE).write_text(f"{version}\n")
 
-    shutil.rmtree(folder, ignore_errors=True)
     write_folder(folder, fill)
     return folder
 

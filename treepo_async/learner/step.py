@@ -22,7 +22,7 @@ from treepo_async.learner.groups import add_up, device, share_out, sum_stages
 from treepo_async.learner.loss.objective import SUMS, Objective
 from treepo_async.learner.loss.result import StepResult, loss_of, result_of
 from treepo_async.learner.mcore import get_forward_backward_func, parallel_state
-from treepo_async.learner.model.hf import Read, TensorOf, export, load
+from treepo_async.learner.model.hf import Read, TensorOf, export, export_stage, load
 from treepo_async.learner.optimizer import MOMENTS, Optimizer, master
 from treepo_async.learner.packing.cost import CostModel
 from treepo_async.learner.packing.edges import Edges
@@ -182,6 +182,10 @@ class Learner:
             kind: `weights`, of a bfloat16 model in float32, or the name of one of the optimizer's `MOMENTS`.
         """
         return export(self.model, self.shape, self._tensor_of(kind))
+
+    def export_stage(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the HF weights of this pipeline stage on its first rank; `hf.export_stage` has the terms."""
+        return export_stage(self.model, self.shape, self._tensor_of(WEIGHTS))
 
     def restore(self, read: Callable[[str], Read], num_updates: int) -> None:
         """Put back what `export` gave for every kind, in this or any other layout.

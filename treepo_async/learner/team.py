@@ -5,13 +5,15 @@ for the next order (`control` has the deadline; rank 0 ends it).
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
+from treepo_async.learner.broadcast import StageBroadcast
 from treepo_async.learner.control import Control, Order
 from treepo_async.learner.loss.result import StepResult
 from treepo_async.learner.packing.divide import divide
@@ -24,18 +26,27 @@ from treepo_async.learner.packing.share_codec import (
     values_to_bytes,
 )
 from treepo_async.learner.step import WEIGHTS, Learner
+from treepo_async.metrics.categories import RANK
+from treepo_async.metrics.ledger import SlotLedger
+from treepo_async.metrics.slots import Slot
 from treepo_async.types import PolicyVersion, Tree
+from treepo_async.weights.parcel import StagePart
 
 Result = TypeVar("Result")
 
 TICK_S = 5.0
+PUBLISHING = (Order.EXPORT, Order.OFFER)
+"""Orders that hand weights on; the others compute."""
 
 
 class Team:
     """The learner of a world of ranks."""
 
-    def __init__(self, learner: Learner, control: Control) -> None:
+    def __init__(
+        self, learner: Learner, control: Control, broadcast: StageBroadcast | None = None
+    ) -> None:
         self._learner, self._control = learner, control
+        self._broadcast = broadcast
 
     @property
     def num_updates(self) -> int:
@@ -82,6 +93,19 @@ class Team:
         self._control.order(Order.EXPORT, _json(kind))
         yield from self._learner.export(kind)
 
+    def offer(
+        self, version: PolicyVersion, dtype: str, keep: Collection[PolicyVersion]
+    ) -> list[StagePart]:
+        """Have every pipeline stage copy its weights, to be sent to engines beside the training. Gives what each has.
+
+        Args:
+            version: of the weights.
+            dtype: of the copies, as torch spells it.
+            keep: versions whose copies stay.
+        """
+        self._control.order(Order.OFFER, _json([version, dtype, list(keep)]))
+        return self._offer(version, dtype, keep)
+
     def keep_waiting(self, work: Callable[[], Result]) -> Result:
         """Do what concerns rank 0 alone and may take long; the other ranks hear meanwhile that it lives.
 
@@ -98,25 +122,46 @@ class Team:
         """End `follow` on the other ranks."""
         self._control.order(Order.STOP)
 
-    def follow(self) -> None:
-        """Ranks above 0: carry out orders until `stop`."""
+    def follow(self, slot: Slot | None = None) -> None:
+        """Ranks above 0: carry out orders until `stop`.
+
+        Args:
+            slot: on which the time is booked.
+        """
+        slot = slot or Slot(SlotLedger(RANK), "rank")
         while True:
-            order, details = self._control.receive()
-            match order:
-                case Order.TRAIN:
-                    share = share_from_bytes(self._control.scatter())
-                    self._learner.train(share, version=PolicyVersion(*json.loads(details)))
-                case Order.LOGPROBS:
-                    share = share_from_bytes(self._control.scatter())
-                    found = self._learner.logprobs(share, of_reference=json.loads(details))
-                    self._control.gather(_join(found))
-                case Order.SCORE:
-                    self._learner.score([np.array(x, np.int32) for x in json.loads(details)])
-                case Order.EXPORT:
-                    for _ in self._learner.export(json.loads(details)):
-                        raise AssertionError("only rank 0 is given tensors")
-                case Order.STOP:
-                    return
+            with slot("wait_order"):
+                order, details = self._control.receive()
+            if order is Order.STOP:
+                return
+            with slot("publish" if order in PUBLISHING else "order", order=order.name):
+                self._carry_out(order, details)
+
+    def _carry_out(self, order: Order, details: bytes) -> None:
+        match order:
+            case Order.TRAIN:
+                share = share_from_bytes(self._control.scatter())
+                self._learner.train(share, version=PolicyVersion(*json.loads(details)))
+            case Order.LOGPROBS:
+                share = share_from_bytes(self._control.scatter())
+                found = self._learner.logprobs(share, of_reference=json.loads(details))
+                self._control.gather(_join(found))
+            case Order.SCORE:
+                self._learner.score([np.array(x, np.int32) for x in json.loads(details)])
+            case Order.EXPORT:
+                for _ in self._learner.export(json.loads(details)):
+                    raise AssertionError("only rank 0 is given tensors")
+            case Order.OFFER:
+                version, dtype, keep = json.loads(details)
+                self._offer(PolicyVersion(*version), dtype, [PolicyVersion(*kept) for kept in keep])
+
+    def _offer(
+        self, version: PolicyVersion, dtype: str, keep: Collection[PolicyVersion]
+    ) -> list[StagePart]:
+        assert self._broadcast is not None, "weights go by a folder"
+        return self._broadcast.copy(
+            version, self._learner.export_stage(), getattr(torch, dtype), keep=keep
+        )
 
     def _divide(self, batch: Share) -> list[Share]:
         return self.keep_waiting(

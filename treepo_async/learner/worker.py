@@ -21,11 +21,7 @@ meanwhile is time, not steps. Only where the last one of the run fails, the run 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from treepo_async import chaos
 from treepo_async.errors import DeadlineError, TreepoError, WeightsError
@@ -35,13 +31,16 @@ from treepo_async.learner.batch import Team as BatchTeam
 from treepo_async.learner.digest import digest_of
 from treepo_async.learner.loss.result import StepResult, merge
 from treepo_async.learner.optimizer import OptimizerSettings
-from treepo_async.learner.publish import probe_sequences, publish, when_there_is_room
+from treepo_async.learner.publish import probe_sequences
+from treepo_async.learner.publishers import Publisher
 from treepo_async.learner.start import Start
 from treepo_async.learner.step import WEIGHTS
 from treepo_async.learner.summary import summarize
 from treepo_async.learner.supply import StepBatch, Supply
+from treepo_async.metrics.categories import LEARNER
 from treepo_async.metrics.events import emit
-from treepo_async.metrics.ledger import TimeLedger
+from treepo_async.metrics.ledger import Since, SlotLedger
+from treepo_async.metrics.slots import Slot
 from treepo_async.types import Float32, Int32, PolicyVersion
 from treepo_async.weights.checkpoints import CheckpointStore
 from treepo_async.weights.store import WeightStore
@@ -50,6 +49,8 @@ from treepo_async.wire.sockets import BlockingRequester
 
 MAX_SKIPPED = 3
 """Steps in a row whose updates were all skipped before the run ends."""
+MAX_NAMED = 64
+"""Leases of a batch that its span in the trace names."""
 
 
 class Team(BatchTeam, Protocol):
@@ -86,7 +87,6 @@ class WorkerRules:
     """Longest wait for an answer of replay; one that was killed must be able to start within it."""
     gap_alarm: float
     """Largest log-prob difference to the engine that passes without an alarm, in nats."""
-    dtype: torch.dtype
     layout: str
 
 
@@ -100,14 +100,15 @@ class Worker:
         weights: WeightStore,
         checkpoints: CheckpointStore,
         *,
-        config_file: Path,
+        publisher: Publisher,
         start: Start,
         rules: WorkerRules,
     ) -> None:
         self._team, self._replay = team, replay
         self._trainer = BatchTrainer(team, rules.batch)
         self._weights, self._checkpoints = weights, checkpoints
-        self._config_file, self._rules = config_file, rules
+        self._rules = rules
+        self._publisher = publisher
         self._version, self._start = start.version, start
         self._ancestry = start.ancestry
         self._supply = Supply(
@@ -118,7 +119,9 @@ class Worker:
             batch_timeout_s=rules.batch_timeout_s,
         )
         self._saved_step = start.version.step
-        self._ledger = TimeLedger()
+        self.ledger = SlotLedger(LEARNER)
+        """Where its time goes."""
+        self._slot, self._step_time = Slot(self.ledger, "rank-0"), Since(self.ledger)
         self._num_skipped = 0
 
     def run(self) -> int:
@@ -133,7 +136,7 @@ class Worker:
         self._begin()
         sequences = self._start.probe_sequences
         while self._version.step < self._rules.num_steps:
-            with self._ledger("wait_batch"):
+            with self._slot("wait_batch", step=self._version.step):
                 batch = self._supply.next(self._version.step)
             if batch is None:
                 break
@@ -155,18 +158,20 @@ class Worker:
         if self._start.newest_published < 0:
             # engines have the initial model only
             self._publish(self._start.probe_sequences, evaluate=False)
+        else:
+            self._publisher.begin(self._version, self._start.probe_sequences)
         self._tell_published(step, consumed_step=step - 1)
 
     def _step(self, batch: StepBatch) -> None:
         trained_from, step = self._version, self._version.step
-        with self._ledger("train"):
+        with self._slot("train", step=step, leases=batch.lease_ids[:MAX_NAMED]):
             updates = self._trainer.updates(batch.trees, version=trained_from)
             chaos.point("learner.after_optimizer")
             digest = self._note(step, batch, updates)
         result = merge(updates)
         self._check(result, step, batch.lease_ids)
         self._version = PolicyVersion(trained_from.lineage, step + 1)
-        with self._ledger("publish"):
+        with self._slot("publish", version=str(self._version)):
             if self._version.step >= self._start.newest_published:
                 self._publish(
                     probe_sequences(batch.trees), evaluate=self._is_evaluated(self._version.step)
@@ -182,14 +187,14 @@ class Worker:
             max_staleness=self._rules.max_staleness,
             **asdict(result),
             **summarize(batch.trees, trained_from),
-            seconds=self._ledger.close(),
+            seconds=self._seconds(),
             replay=batch.ledger,
         )
 
     def _note(self, step: int, batch: StepBatch, updates: Sequence[StepResult]) -> str:
         """Have replay note the result of a step, and compare it with what earlier lineages had. Gives its digest."""
         digest = digest_of(step, batch.lease_ids, updates, self._rules.optimizer)
-        self._ask(Trained(step=step, lineage=self._version.lineage, digest=digest))
+        self._tell(Trained(step=step, lineage=self._version.lineage, digest=digest))
         chaos.point("learner.after_journal")
         for lineage in self._ancestry.repeated(step, digest, batch.results):
             emit(
@@ -203,22 +208,10 @@ class Worker:
 
     def _tell_published(self, step: int, *, consumed_step: int) -> None:
         lineage = self._version.lineage
-        self._ask(Published(step=step, lineage=lineage, consumed_step=consumed_step))
+        self._tell(Published(step=step, lineage=lineage, consumed_step=consumed_step))
 
     def _publish(self, sequences: Sequence[Int32], *, evaluate: bool) -> None:
-        apart = self._team.keep_waiting
-        publishing = partial(
-            publish,
-            self._weights,
-            self._team,
-            self._version,
-            sequences,
-            dtype=self._rules.dtype,
-            config_file=self._config_file,
-            evaluate=evaluate,
-            apart=apart,
-        )
-        when_there_is_room(publishing, timeout_s=self._rules.reply_timeout_s, apart=apart)
+        self._publisher.publish(self._version, sequences, evaluate=evaluate)
 
     def _try_to_save(self, sequences: Sequence[Int32]) -> None:
         """`_save`, where a later checkpoint can make up for this one."""
@@ -236,7 +229,7 @@ class Worker:
         """Make a checkpoint, unless there is one of this step; replay may then forget what all that are kept cover."""
         if self._version.step == self._saved_step:
             return
-        with self._ledger("save"):
+        with self._slot("save", version=str(self._version)):
             checkpoint.save(
                 self._checkpoints,
                 self._team,
@@ -253,12 +246,22 @@ class Worker:
     def _retire(self) -> None:
         covered = self._team.keep_waiting(self._checkpoints.covered_step)
         if covered:
-            self._ask(Retired(step=covered - 1))
+            self._tell(Retired(step=covered - 1))
             self._supply.retire(covered - 1)
 
     def _is_evaluated(self, step: int) -> bool:
         every = self._rules.eval_every
         return every > 0 and (step % every == 0 or step == self._rules.num_steps)
+
+    def _seconds(self) -> dict[str, float]:
+        """By activity since the last step, and the `wall` that they sum to."""
+        taken = self._step_time.take()
+        return {**taken.seconds, "wall": taken.wall}
+
+    def _tell(self, message: Message) -> None:
+        """Have replay note something before anything else goes on."""
+        with self._slot("ack", message=type(message).__name__):
+            self._ask(message)
 
     def _ask(self, message: Message) -> tuple[AnyMessage, list[bytes]]:
         is_told = False

@@ -6,6 +6,7 @@ The one place that spells metric names. A record is flat, one a step, and goes t
 import time
 from collections import Counter
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 Event = Mapping[str, Any]
@@ -49,6 +50,7 @@ WEIGHTS_NAMES = {
     "weights/drain_s": "drain_s",
     "weights/load_s": "load_s",
     "weights/probe_s": "probe_s",
+    "weights/visible_s": "publish_to_visible_s",
 }
 """Metric name: field of the engine's `weights` event."""
 
@@ -76,6 +78,11 @@ TREE_SUMS = (
     "weighted_tokens",
     "accuracy_sum",
     "num_scored",
+    "num_children",
+    "num_spilled",
+    "num_migrated",
+    "moved_tokens",
+    "refilled_tokens",
 )
 
 STALE = "stale"
@@ -89,6 +96,9 @@ class Recorder:
         self._trees: Counter[str] = Counter()
         self._outcomes: Counter[str] = Counter()
         self._samples: Counter[str] = Counter()
+        self._routed: Counter[str] = Counter()
+        """Decoded tokens by engine, where actors use several."""
+        self._grow_s: list[float] = []
 
     def tree(self, event: Event) -> None:
         """Count a tree that arrived in replay, trained or not."""
@@ -97,11 +107,16 @@ class Recorder:
         if event["outcome"] == STALE:
             self._trees["stale_tokens"] += event["decoded_tokens"]
         self._outcomes[event["outcome"]] += 1
+        self._grow_s.append(event["grow_s"])
 
     def engine(self, event: Event) -> None:
         """Count samples of the engine's load."""
         self._samples["all"] += event["num_samples"]
         self._samples["idle"] += event["num_idle"]
+
+    def route(self, event: Event) -> None:
+        """Count what an engine did for one actor."""
+        self._routed[event["engine"]] += event["decoded_tokens"]
 
     def step(self, event: Event, weights: Event | None) -> dict[str, Any]:
         """The record of a step, and start counting for the next one.
@@ -121,8 +136,9 @@ class Recorder:
         record["idle/learner"] = seconds.get("wait_batch", 0.0) / seconds["wall"]
         record["idle/engine"] = _share(self._samples["idle"], self._samples["all"])
         record |= {f"leases/{name}": value for name, value in event["replay"].items()}
-        for counter in (self._trees, self._outcomes, self._samples):
+        for counter in (self._trees, self._outcomes, self._samples, self._routed):
             counter.clear()
+        self._grow_s.clear()
         return record
 
     def _sampling(self) -> dict[str, Any]:
@@ -141,9 +157,26 @@ class Recorder:
             "tokens/saved": trees["saved_tokens"],
             "length/delivered": _share(trees["delivered_tokens"], trees["num_leaves"]),
             "length/unbiased": _share(trees["weighted_tokens"], trees["weight_sum"]),
+            "tree/grow_mean_s": fmean(self._grow_s) if self._grow_s else None,
+            "tree/grow_max_s": max(self._grow_s, default=None),
+            **self._routing(),
             "trees/fallback_runs": trees["num_fallbacks"],
             "trees/pruned_paths": trees["num_pruned"],
             **{f"trees/{outcome}": count for outcome, count in self._outcomes.items()},
+        }
+
+    def _routing(self) -> dict[str, Any]:
+        trees, moved = self._trees, self._trees["num_spilled"] + self._trees["num_migrated"]
+        decoded = self._routed.values()
+        return {
+            "route/home_share": _share(trees["num_children"] - moved, trees["num_children"]),
+            "route/spilled": trees["num_spilled"],
+            "route/migrated": trees["num_migrated"],
+            "route/moved_tokens": trees["moved_tokens"],
+            "route/refilled_tokens": trees["refilled_tokens"],
+            "route/load_max_mean": _share(
+                max(decoded, default=0), sum(decoded) / max(1, len(decoded))
+            ),
         }
 
 

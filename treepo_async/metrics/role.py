@@ -7,10 +7,12 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from treepo_async.metrics.events import emit
+from treepo_async.metrics.spans import tell_clock
 
 
 async def run_role(work: Coroutine[Any, Any, None]) -> None:
     """Run an asyncio role: SIGTERM cancels it, Ctrl-C is left to the driver."""
+    tell_clock()
     task = asyncio.ensure_future(work)
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, task.cancel)
@@ -27,6 +29,7 @@ def run_blocking_role(work: Callable[[], None]) -> None:
     """Run a synchronous role: SIGTERM ends it, Ctrl-C is left to the driver."""
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    tell_clock()
     try:
         work()
     except Exception as error:

@@ -16,7 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from treepo_async.errors import RefusedError, WireError
+from treepo_async.metrics.categories import REPLAY
 from treepo_async.metrics.events import emit
+from treepo_async.metrics.ledger import SlotLedger
+from treepo_async.metrics.slots import Slot
+from treepo_async.metrics.tell import Teller
 from treepo_async.replay.askers import Asker, Askers
 from treepo_async.replay.batches import Batches
 from treepo_async.replay.budget import Budget
@@ -64,6 +68,8 @@ GROUP_SIZE = 64
 REPORT_S = 1.0
 SLOW_S = 1.0
 """For a commit."""
+TOLD_FROM_S = 0.02
+"""A turn or a commit that takes less is in the ledger and not in the trace."""
 RETRY_S = 1.0
 """After which a peer that was sent away for now comes again."""
 TOO_MANY = "too many requests of this peer wait"
@@ -99,6 +105,10 @@ class ReplayServer:
     make_feed: Callable[[Group], TreeFeed] | None = None
     """Gives the trees of a file; actors then get no lease."""
     clock: Callable[[], float] = time.monotonic
+    slot: Slot = field(
+        default_factory=lambda: Slot(SlotLedger(REPLAY), "queue", least_s=TOLD_FROM_S)
+    )
+    """On which its time is booked."""
     _askers: Askers = field(default_factory=Askers)
     _told_at: float = -1e9
     _looked_at: float = -1e9
@@ -126,9 +136,17 @@ class ReplayServer:
 
     async def run(self) -> None:
         """Serve for ever."""
-        while True:
-            arrived = await self.router.receive_some(limit=self.limits.group_size, timeout_s=TICK_S)
-            self._turn(arrived, self.clock())
+        teller = Teller(self.slot.ledger, "replay")
+        try:
+            while True:
+                arrived = await self.router.receive_some(
+                    limit=self.limits.group_size, timeout_s=TICK_S
+                )
+                with self.slot("handle", messages=len(arrived)):
+                    self._turn(arrived, self.clock())
+                teller.tell_if_due()
+        finally:
+            teller.tell()
 
     def _turn(self, arrived: Sequence[tuple[bytes, list[bytes]]], now: float) -> None:
         for peer, frames in arrived:
@@ -151,7 +169,8 @@ class ReplayServer:
     def _settle(self) -> bool:
         """As `Group.settle`. A disk that took long over it costs nobody a lease: what was said meanwhile is not heard yet."""
         began = self.clock()
-        is_settled = self._group.settle()
+        with self.slot("commit", trees=len(self._group.trees)):
+            is_settled = self._group.settle()
         seconds = self.clock() - began
         if seconds > SLOW_S:
             self.queue.postpone(seconds)

@@ -28,11 +28,11 @@ VERSION_NAME = re.compile(r"\d+\.\d+")
 
 
 class NamedTensor(NamedTuple):
-    """A tensor as bytes, row-major."""
+    """A tensor as bytes, row-major; they may be those of the model itself."""
 
     name: str
     info: TensorInfo
-    data: bytes
+    data: bytes | memoryview
 
 
 Unremoved = Callable[[OSError], None]
@@ -80,20 +80,53 @@ class WeightStore:
         probe: Probe,
         evaluate: bool,
         apart: Apart = at_once,
+        published_at: float = 0.0,
     ) -> Path:
         """Write a publication and remove those that are too old. Gives its folder.
 
         Args:
             version: of the weights.
-            tensors: all of them.
+            tensors: all of them; their bytes are read until this returns.
             config_file: the model's `config.json`.
             probe: proves that an engine has them.
             evaluate: whether the version shall be evaluated.
             apart: how to do what needs no more tensors and may take long.
+            published_at: see `Manifest`.
 
         Raises:
             WeightsError: the version is published already, or one of a later lineage is.
         """
+        temporary = self._begin(version)
+        shutil.copy(config_file, temporary / "config.json")
+        held = list(tensors)
+
+        def write() -> None:
+            hashes = write_tensors(temporary / WEIGHTS_FILE, held)
+            manifest = Manifest(
+                version=str(version),
+                tensors={t.name: t.info for t in held},
+                hashes=hashes,
+                probe=probe,
+                evaluate=evaluate,
+                published_at=published_at,
+            )
+            self._finish(version, temporary, manifest)
+
+        apart(write)
+        return self.path(version)
+
+    def note(self, version: PolicyVersion, manifest: Manifest) -> Path:
+        """Keep the manifest of a publication whose tensors go to the engines by another way. Gives its folder.
+
+        Raises:
+            WeightsError: as `publish`.
+        """
+        temporary = self._begin(version)
+        self._finish(version, temporary, manifest)
+        return self.path(version)
+
+    def _begin(self, version: PolicyVersion) -> Path:
+        """The hidden folder of a publication, once nothing speaks against it."""
         if self.path(version).exists():
             raise WeightsError(f"{self.path(version)} is published already and never rewritten")
         newest = max(self.versions(), default=version)
@@ -105,25 +138,14 @@ class WeightStore:
             remove_leftovers(self.folder)
         temporary = self.folder / f".{version}"
         temporary.mkdir()
-        shutil.copy(config_file, temporary / "config.json")
-        held = list(tensors)
+        return temporary
 
-        def write() -> None:
-            write_tensors(temporary / WEIGHTS_FILE, held)
-            Manifest(
-                version=str(version),
-                tensors={t.name: t.info for t in held},
-                hashes={t.name: hash_bytes(t.data) for t in held},
-                probe=probe,
-                evaluate=evaluate,
-            ).write(temporary)
-            temporary.rename(self.path(version))
-            # engines may have it: nothing from here on may fail the publication
-            with spared(self._unremoved):
-                self._remove_old()
-
-        apart(write)
-        return self.path(version)
+    def _finish(self, version: PolicyVersion, temporary: Path, manifest: Manifest) -> None:
+        manifest.write(temporary)
+        temporary.rename(self.path(version))
+        # engines may have it: nothing from here on may fail the publication
+        with spared(self._unremoved):
+            self._remove_old()
 
     def path(self, version: PolicyVersion) -> Path:
         """The folder of a version."""
@@ -183,11 +205,13 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(entry)
 
 
-def write_tensors(file: Path, tensors: Sequence[NamedTensor]) -> None:
-    """Write a safetensors file."""
-    room = header_room({tensor.name: tensor.info for tensor in tensors})
+def write_tensors(file: Path, tensors: Sequence[NamedTensor]) -> dict[str, str]:
+    """Write a safetensors file. Gives the hash of each tensor, taken from the bytes that were given, not from the file."""
+    room, hashes = header_room({tensor.name: tensor.info for tensor in tensors}), {}
     with TensorFileWriter(file, room=room) as writer:
         for i, tensor in enumerate(tensors):
             if i == len(tensors) // 2:
                 chaos.point("learner.mid_publish")
+            hashes[tensor.name] = hash_bytes(tensor.data)
             writer.add(tensor.name, tensor.info, [tensor.data])
+    return hashes

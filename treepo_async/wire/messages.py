@@ -12,7 +12,7 @@ import msgspec
 
 from treepo_async.errors import WireError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_MESSAGE_BYTES = 2**20
 """Of a request without its attachment; no larger one is looked at."""
 
@@ -220,6 +220,10 @@ class Gate(Message, frozen=True):
     step: Count = 0
     evaluate: bool = False
     """Evaluate this version now; the host holds it until `Evaluated` or a deadline."""
+    is_down: bool = False
+    """The server is being started again, so that a closed gate stays closed for long."""
+    num_in_flight: Count = 0
+    """Requests that the server runs or keeps waiting, of all clients, a moment ago; as old as the gate where it is pushed."""
 
 
 class Drained(Message, frozen=True):
@@ -234,9 +238,111 @@ class Evaluated(Message, frozen=True):
     step: Count
 
 
+class AskWeights(Message, frozen=True):
+    """An engine host wants weights that are newer than those its engine has, and will wait for them.
+
+    Answered by `WeightsOffer`, or by `NoWeights` after `wait_s`.
+    """
+
+    engine: Name
+    lineage: Count
+    step: Count
+    """Of the weights the engine has."""
+    refused: list[str] = []
+    """Versions that it will not take."""
+    evaluates: bool = False
+    """Versions marked for evaluation are evaluated there: none is passed over."""
+    marked_only: bool = False
+    """It wants no others."""
+    wait_s: float = 0.0
+
+
+class WeightsOffer(Message, frozen=True):
+    """A version that the learner holds ready; the attachment is its manifest and buckets, see `weights.parcel`."""
+
+    lineage: Count
+    step: Count
+
+
+class NoWeights(Message, frozen=True):
+    """Nothing newer, or nothing to send."""
+
+
+class WeightsGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the ranks of one engine meet the sender of one pipeline stage."""
+
+    name: str
+    address: str
+    port: int
+
+
+class TakeWeights(Message, frozen=True):
+    """The engine has no request: have every stage send it a version. Answered by `WeightsComing`, once all are told to."""
+
+    engine: Name
+    lineage: Count
+    step: Count
+    server: Name
+    """Another one for each start of the server, which has joined no group then."""
+    tp: Annotated[int, msgspec.Meta(ge=1, lt=2**10)]
+    """Its ranks."""
+
+
+class WeightsComing(Message, frozen=True):
+    """The senders are about to broadcast, one group a stage, in the order of the stages."""
+
+    groups: list[WeightsGroup]
+    clock: float
+    """The learner's, in seconds, as it answers."""
+
+
+class WeightsTaken(Message, frozen=True):
+    """The engine has the version that it was to be sent and has proven it, or why not."""
+
+    engine: Name
+    lineage: Count
+    step: Count
+    error: str = ""
+
+
+class AskSend(Message, frozen=True):
+    """The sender of a pipeline stage wants something to send, and will wait for it. Answered by `SendWeights` or `NoWeights`."""
+
+    stage: Count
+    address: str
+    port: int
+    """Where its groups meet."""
+    done: Count = 0
+    """The last order it has begun; it wants a later one."""
+    wait_s: float = 0.0
+
+
+class SendWeights(Message, frozen=True):
+    """Broadcast all buckets of a version in a group, which is opened first if it is not yet."""
+
+    order: Count
+    """Counts all orders, from 1."""
+    engine: Name
+    group: str
+    ranks: Count
+    """Of the group, the sender's included."""
+    lineage: Count
+    step: Count
+
+
+class WeightsSent(Message, frozen=True):
+    """What became of an order."""
+
+    engine: Name
+    group: str
+    error: str = ""
+
+
 AnyMessage = (
     Hello | Beat | Beating | AskLease | Leased | NoLease | PutTree | GiveUp | Ack | Nack
     | AskBatch | Batch | NoBatch | Trained | Published | Retired | Join | Gate | Drained | Evaluated
+    | AskWeights | WeightsOffer | NoWeights | TakeWeights | WeightsComing | WeightsTaken | AskSend | SendWeights
+    | WeightsSent
 )  # fmt: skip
 
 M = TypeVar("M", bound=Message)
@@ -261,6 +367,11 @@ def numbered(message: M, request: int) -> M:
 def without_evaluation(gate: Gate) -> Gate:
     """The same gate, with nothing to evaluate."""
     return msgspec.structs.replace(gate, evaluate=False)
+
+
+def with_load(gate: Gate, num_in_flight: int) -> Gate:
+    """The same gate, with what its server has to do now."""
+    return msgspec.structs.replace(gate, num_in_flight=num_in_flight)
 
 
 def encode(message: Message) -> bytes:

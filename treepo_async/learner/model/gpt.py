@@ -164,11 +164,13 @@ def _leave(weight: Tensor) -> Tensor:
 
 
 def _without_kernels() -> dict[str, bool]:
-    """Switches for a build without apex and, on CPU, without CUDA."""
+    """Switches for a build without apex and, on CPU, without CUDA and a compiler."""
+    with_cuda = torch.cuda.is_available()
     return {
-        "use_cpu_initialization": not torch.cuda.is_available(),
+        "use_cpu_initialization": not with_cuda,
         "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
+        # torch compiles it: the gated unit is one kernel forward and one backward
+        "bias_activation_fusion": with_cuda,
         "bias_dropout_fusion": False,
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,

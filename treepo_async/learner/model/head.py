@@ -1,7 +1,7 @@
 """Log-probs and entropies of tokens, from logits whose vocabulary is split over tensor-parallel ranks.
 
-Neighbour: `packed` calls it on the last pipeline stage, a chunk of tokens at a time. Axis letters: `E` tokens, `V` this
-rank's share of the vocabulary.
+Neighbours: `packed` calls it on the last pipeline stage, a chunk of tokens at a time; `head_fused` computes the same on CUDA. Axis
+letters: `E` tokens, `V` this rank's share of the vocabulary.
 
 Invariant: float64 logits are worked on in float64, all others in float32.
 """
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from treepo_async.learner.mcore import parallel_state
+from treepo_async.learner.model.head_fused import FusedTokenLogprobs, compiled_kernels
 
 
 def token_logprobs(
@@ -33,7 +34,10 @@ def token_logprobs(
     Returns:
         [2, E], log-probs then entropies.
     """
-    return _TokenLogprobs.apply(logits_EV, labels_E, temperature_E, with_entropy_gradient)
+    arguments = (logits_EV, labels_E, temperature_E, with_entropy_gradient)
+    if logits_EV.is_cuda:
+        return FusedTokenLogprobs.apply(*arguments, compiled_kernels())
+    return _TokenLogprobs.apply(*arguments)
 
 
 class _TokenLogprobs(torch.autograd.Function):

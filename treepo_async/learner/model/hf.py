@@ -106,7 +106,7 @@ def export(
         until the next optimizer step.
     """
     if parallel_state.get_data_parallel_rank() == 0:
-        yield from to_first_stage(_export_stage(model, shape, tensor_of))
+        yield from to_first_stage(export_stage(model, shape, tensor_of))
 
 
 def dummy(shape: ModelShape, seed: int) -> Read:
@@ -124,10 +124,14 @@ def dummy(shape: ModelShape, seed: int) -> Read:
     return read
 
 
-def _export_stage(
-    model: nn.Module, shape: ModelShape, tensor_of: TensorOf
+@torch.no_grad()
+def export_stage(
+    model: nn.Module, shape: ModelShape, tensor_of: TensorOf = itself
 ) -> Iterator[tuple[str, Tensor]]:
-    """The HF tensors of this pipeline stage on its first tensor-parallel rank; nothing on the others."""
+    """The HF tensors of this pipeline stage on its first tensor-parallel rank; nothing on the others, which must run it too.
+
+    Args, Yields: see `export`.
+    """
     for parameter in _parameters(model, shape):
         if parameter.name == OUTPUT_LAYER and shape.tied:
             continue

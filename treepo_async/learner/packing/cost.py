@@ -103,15 +103,17 @@ class Speed:
 SPEEDS = {
     "dense": Speed(matmul=8.2e10, attention=4.1e10, node_s=0.0),
     "cascade": Speed(matmul=8.2e10, attention=4.1e10, node_s=5e-5),
-    "flex": Speed(matmul=4e14, attention=2e14, node_s=0.0),
+    "flex": Speed(matmul=6.7e14, attention=6.7e13, node_s=0.0),
 }
 """By the name of an attention backend.
 
 `cascade`: least squares over the processor time of forward and backward of 14 loads (tree and flat packing of 7 trees: 320 to 3700 tokens,
 paths of 36 to 1900, segments of 4 to 256; `bench.learner_run` with shape=cpu, best of 4, one thread of an AMD EPYC with AVX-512
 on a busy machine), with a constant for each microbatch; worst error 5 %. The cost of a node could not be told from 0, as that backend's calls
-take 64 queries whatever the nodes; what stands here is that of one call. `dense` on a CPU is taken to be as fast. `flex`: not measured; an
-H100's order of magnitude in bfloat16. Packing and balance depend on the ratio of the two speeds alone, and where attention is a small part of all, hardly on that.
+take 64 queries whatever the nodes; what stands here is that of one call. `dense` on a CPU is taken to be as fast.
+`flex`: least squares over the wall time of 7 loads on one H200 in bfloat16 (17k to 66k tokens, Qwen2.5-0.5B and 1.5B with
+recompute=full, whose second forward pass is in the speed; the same command), worst error 14 %; norms and rotary embedding are in it
+too. Packing and balance depend on the ratio of the two speeds alone, and where attention is a small part of all, hardly on that.
 """
 
 

@@ -1,0 +1,175 @@
+"""What Ray is asked for, and how roles of several machines are wired; no Ray runs here."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from treepo_async.cluster import hosts
+from treepo_async.cluster.hosts import address_for, berths_of
+from treepo_async.cluster.placement import Node, place
+from treepo_async.cluster.plan import NUM_PORTS, demand_of, kind_of, make_plan, seated
+from treepo_async.cluster.role import Site, socket_interface
+from treepo_async.config.command_line import parse
+from treepo_async.errors import ConfigError
+
+WORDS = ["actors=4", "engines=2", "learner=tp4pp2", "cluster.keys_dir=keys"]
+
+
+def nodes(*gpus, cpus=8):
+    return [Node(f"id{i}", f"10.0.0.{i + 1}", cpus, number) for i, number in enumerate(gpus)]
+
+
+def berths(words, there, *, is_own=False):
+    config = parse(words)
+    return berths_of(config, place(demand_of(config), there), is_own=is_own)
+
+
+def on_cluster(words, there):
+    """Wirings by role, with ports counted from 1000 on each node."""
+    config = parse(words)
+    plan = make_plan(config, run_dir=Path("run"), model_dir=Path("model"))
+    placement = place(demand_of(config), there)
+    sites, taken = {}, {}
+    for name, berth in berths_of(config, placement, is_own=False).items():
+        address, number = berth.node.address, NUM_PORTS[kind_of(name)]
+        first = taken.get(address, 1000)
+        sites[name] = Site(address, tuple(range(first, first + number)))
+        taken[address] = first + number
+    return {role.name: role.wiring for role in seated(plan, config, placement, sites).roles}
+
+
+class FakeRay:
+    """Two nodes of two CPUs; what is free is said by a list, its last entry for ever."""
+
+    def __init__(self, *free):
+        self._free = list(free)
+        self._private = self.state = self
+
+    def available_resources_per_node(self):
+        return self._free.pop(0) if len(self._free) > 1 else self._free[0]
+
+    def nodes(self):
+        named = {"Alive": True, "Resources": {"CPU": 2.0}}
+        return [{"NodeID": f"id{i}", "NodeManagerAddress": f"10.0.0.{i}", **named} for i in (1, 2)]
+
+    def get_runtime_context(self):
+        return self
+
+    def get_node_id(self):
+        return "id2"
+
+
+@pytest.fixture
+def _quick(monkeypatch):
+    monkeypatch.setattr(hosts, "LOOK_S", 0.001)
+    monkeypatch.setattr(hosts, "FREE_S", 0.1)
+
+
+BUSY = {"id1": {"CPU": 2.0}, "id2": {}}
+
+
+@pytest.mark.usefixtures("_quick")
+def test_the_drivers_own_node_is_filled_first_once_what_others_hold_is_free():
+    demand = demand_of(parse(["learner=pp2", "engines=2"]))
+    found = hosts.place_on(FakeRay(BUSY, BUSY, {}), demand)
+    assert [node.id for node in found.nodes] == ["id2", "id1"]
+    assert found.learner[0].node == 0
+
+
+@pytest.mark.usefixtures("_quick")
+def test_what_others_hold_for_good_is_told_and_what_has_no_room_at_all_is_refused_at_once():
+    with pytest.raises(ConfigError, match="others hold a part of the nodes"):
+        hosts.place_on(FakeRay(BUSY), demand_of(parse(["learner=pp2", "engines=2"])))
+    with pytest.raises(ConfigError) as caught:
+        hosts.place_on(FakeRay(BUSY), demand_of(parse(["learner=pp8"])))
+    assert "others" not in str(caught.value)
+
+
+def test_gpus_are_asked_of_ray_by_role_and_node():
+    found = berths([*WORDS, "engine.tp=2"], nodes(8, 8))
+    assert (found["learner-0"].node.id, found["learner-0"].gpus) == ("id0", 8)
+    assert [(found[f"engine-{i}"].node.id, found[f"engine-{i}"].gpus) for i in (0, 1)] == [
+        ("id1", 2),
+        ("id1", 2),
+    ]
+    assert {found[f"actor-{i}"].gpus for i in range(4)} == {0}
+    assert {berth.cpus for berth in found.values()} == {0}
+    assert {berth.shared_gpus for berth in found.values()} == {()}
+
+
+def test_without_gpus_ranks_and_engines_ask_for_cpus_on_a_cluster_of_others_alone():
+    found = berths(WORDS, nodes(0, 0, cpus=5))
+    assert [found[name].cpus for name in ("learner-0", "learner-1", "engine-0", "engine-1")] == [
+        4,
+        4,
+        1,
+        1,
+    ]
+    assert (found["replay-0"].cpus, found["actor-0"].cpus) == (0, 0)
+    own = berths(WORDS, nodes(0, cpus=30), is_own=True)
+    assert {berth.cpus for berth in own.values()} == {0}
+
+
+def test_shared_gpus_are_named_to_their_roles_and_not_asked_of_ray():
+    found = berths(["learner=tp2", "engines=2"], nodes(2))
+    assert found["learner-0"].shared_gpus == (0, 1)
+    assert [found[f"engine-{i}"].shared_gpus for i in (0, 1)] == [(1,), (0,)]
+    assert {berth.gpus for berth in found.values()} == {0}
+
+
+def test_on_several_machines_everything_is_reached_at_the_address_of_its_node():
+    found = on_cluster(WORDS, nodes(0, 0, cpus=5))
+    assert [
+        (name, w.first_rank, w.num_ranks) for name, w in found.items() if "learner" in name
+    ] == [
+        ("learner-0", 0, 4),
+        ("learner-1", 4, 4),
+    ]
+    assert {wiring.replay_endpoint for wiring in found.values()} == {"tcp://10.0.0.1:1004"}
+    assert {wiring.group_address for wiring in found.values()} == {"10.0.0.1:1003"}
+    assert found["learner-1"].address == "10.0.0.2"
+    assert found["engine-1"].engine_url == "http://10.0.0.2:1000"
+    assert found["engine-1"].gate_endpoint == "tcp://10.0.0.2:1001"
+    assert [e.url for e in found["actor-1"].engines] == ["http://10.0.0.2:1000", "http://10.0.0.1:1000"]  # fmt: skip
+
+
+def test_a_learner_on_one_node_has_no_group_and_all_ranks():
+    found = on_cluster(WORDS, nodes(8, 2))
+    assert (found["learner-0"].group_address, found["learner-0"].num_ranks) == ("", None)
+    assert "learner-1" not in found
+
+
+def test_weights_are_offered_by_rank_0_where_they_are_broadcast():
+    found = on_cluster([*WORDS, "weights.transport=broadcast"], nodes(0, 0, cpus=5))
+    assert {wiring.weights_endpoint for wiring in found.values()} == {"tcp://10.0.0.1:1002"}
+    assert {w.weights_endpoint for w in on_cluster(WORDS, nodes(8, 2)).values()} == {""}
+
+
+def test_nodes_of_one_machine_use_loopback_without_keys():
+    there = [replace(node, address="10.0.0.1") for node in nodes(0, 0)]
+    assert address_for(parse([]), there) == "127.0.0.1"
+
+
+def test_several_machines_need_keys_and_no_host():
+    with pytest.raises(ConfigError, match=r"2 machines \(10\.0\.0\.1, 10\.0\.0\.2\).*keys\.py"):
+        address_for(parse([]), nodes(8, 8))
+    assert address_for(parse(WORDS), nodes(8, 8)) is None
+    with pytest.raises(ConfigError, match=r"cluster\.host=10\.0\.0\.9 .* leave it out"):
+        address_for(parse([*WORDS, "cluster.host=10.0.0.9"]), nodes(8, 8))
+
+
+def test_gloo_and_nccl_are_bound_to_the_interface_of_the_nodes_address():
+    assert socket_interface("127.0.0.1") == {}
+    assert socket_interface("203.0.113.7") == {}, "of no interface here"
+    others = [
+        (name, found.address)
+        for name, addresses in psutil.net_if_addrs().items()
+        for found in addresses
+        if found.family.name == "AF_INET" and not found.address.startswith("127.")
+    ]
+    for name, address in others[:1]:
+        assert socket_interface(address) == dict.fromkeys(
+            ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), name
+        )
