@@ -28,7 +28,7 @@ def test_validation_makes_three_runs_once_and_predicts_two_from_the_first(tmp_pa
 
     text = sim.validated(tmp_path, launch, lambda line: None)
     assert made == [list(cell.keys) for cell in sim.VALIDATION]
-    assert [line.split(" | ")[0] for line in text.splitlines()[-2:]] == ["| ahead", "| large"]
+    assert [line.split(" | ")[0] for line in text.splitlines()[-2:]] == ["| synchronous", "| large"]
     assert sim.validated(tmp_path, None, lambda line: None) == text
 
 
@@ -37,7 +37,7 @@ def test_a_validation_run_that_fails_ends_it_with_its_last_words(tmp_path):
         log.write_text("the engine did not start")
         return 1
 
-    with pytest.raises(TreepoError, match=r"calibration failed with 1.*the engine did not start"):
+    with pytest.raises(TreepoError, match=r"ahead failed with 1.*the engine did not start"):
         sim.validated(tmp_path, launch, lambda line: None)
 
 

@@ -88,6 +88,12 @@ def test_a_simulated_run_that_is_read_as_a_real_one_is_predicted_from_another(ru
     assert "| ahead |" in table(seen, settings, [prediction])
 
 
+def test_a_run_that_drops_more_trees_is_predicted_slower_with_its_own_share(run):
+    prediction = predict(calibrate(run), replace(run, degenerate=0.6))
+    assert prediction.simulated_s == pytest.approx(run.step_s, rel=0.01)
+    assert prediction.informed_s > 1.3 * prediction.simulated_s
+
+
 def test_a_run_whose_learner_is_the_limit_calibrates_no_engine(run):
     with pytest.raises(DataError, match="is the learner the limit"):
         calibrate(replace(run, step_s=0.4))

@@ -37,7 +37,7 @@ class EngineSpeed:
     """Of a decode step, whatever its size."""
     token_s: float = 0.00017
     """More for each request in it."""
-    request_s: float = 0.0011
+    request_s: float = 0.00165
     """For taking a request in: prefill of its last token, scheduling."""
     prefix_token_s: float = 0.0
     """For each token of a prefix that is not in the cache."""

@@ -37,7 +37,7 @@ class RealRun:
     shape: TreeShape
     lengths: Seen
     degenerate: float
-    """Share of the trees that arrived."""
+    """Share of the trees that arrived in the steady steps: it changes as the model learns."""
     step_s: float
     """Mean over the steady steps, as all below."""
     train_s: float
@@ -62,7 +62,7 @@ def read_real_run(folder: Path) -> RealRun:
             f"{folder}: {len(steady)} steps are behind the first {WARM_UP} and not delayed by an evaluation, "
             f"at least {LEAST_STEADY} are needed; run more, or with eval.every=0"
         )
-    arrived = sum(_count(r, "degenerate") + _count(r, "accepted") for r in steps)
+    arrived = sum(_count(r, "degenerate") + _count(r, "accepted") for r in steady)
     return RealRun(
         name=folder.name,
         actors=config["actors"],
@@ -75,7 +75,7 @@ def read_real_run(folder: Path) -> RealRun:
         num_steps=config["steps"],
         shape=_shape(config["tree"]),
         lengths=lengths_of(steps, config["tree"]["segment_tokens"]),
-        degenerate=sum(_count(r, "degenerate") for r in steps) / arrived if arrived else 0.0,
+        degenerate=sum(_count(r, "degenerate") for r in steady) / arrived if arrived else 0.0,
         step_s=statistics.mean(r["time/wall_s"] for r in steady),
         train_s=statistics.mean(r["time/train_s"] for r in steady),
         publish_s=statistics.mean(r["time/publish_s"] for r in steady),
@@ -134,7 +134,7 @@ def _read(folder: Path) -> tuple[Any, list[Record]]:
 
 
 def _count(record: Record, outcome: str) -> int:
-    return int(record.get(f"trees/{outcome}", 0))
+    return int(record.get(f"trees/{outcome}") or 0)
 
 
 def _shape(tree: Record) -> TreeShape:
