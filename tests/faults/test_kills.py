@@ -95,9 +95,10 @@ def test_a_killed_role_is_started_again_and_the_run_does_all_its_steps(launch, r
     kill(run.pid_of(role))
     check_whole(run, steps)
     if role == "replay-0":
-        # what was on disk at the kill was not grown again; a tree that was not told of any more is in no record
+        # what was on disk at the kill was not grown again; of the last commit, which has the trees of open leases
+        # at most (two batches with a staleness of 1), the kill may have cut off the telling
         grown = sum(r["trees/accepted"] for r in records(run) if "trees/accepted" in r)
-        assert grown <= steps * BATCH
+        assert (steps - 2) * BATCH <= grown <= steps * BATCH
     assert any(f"{role} was killed by SIGKILL; starting it again" in line for line in run.lines)
 
 
