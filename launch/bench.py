@@ -1,4 +1,4 @@
-"""`python launch/bench.py http|sampling|learner|queue|curves [key=value ...]`: measure engine, sampling, training or the queue.
+"""`python launch/bench.py NAME [key=value ...]`: measure a part, or the whole, or compare what was measured.
 
 `http [requests=640]`: what a request to the engine costs outside of the engine.
 `sampling [depth=7] [segment=16] [width=16,64] [branch=2] [prompt=256] [prompts=8] [pairs=5] [layers=8] [hidden=512]

@@ -15,6 +15,7 @@ from treepo_async.process import (
     kill_all,
     kill_recorded,
     record_family,
+    run_child,
     start_child,
     stop_child,
 )
@@ -203,3 +204,22 @@ def test_free_ports_differ_and_can_be_bound():
     for port in ports:
         with socket.socket() as bound:
             bound.bind(("127.0.0.1", port))
+
+
+def test_a_child_that_is_run_gives_its_exit_code_and_leaves_its_output(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("of an earlier one")
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; print('out'); sys.stderr.write('err'); sys.exit(3)",
+    ]
+    assert run_child(command, log_file=log, timeout_s=60, stop_s=SOON_S) == 3
+    assert sorted(log.read_text().split()) == ["err", "out"]
+
+
+def test_a_child_that_does_not_end_in_time_is_ended_and_gives_minus_one(tmp_path):
+    log = tmp_path / "log"
+    words = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+    assert run_child([sys.executable, "-c", words], log_file=log, timeout_s=2, stop_s=SOON_S) == -1
+    assert is_gone(int(log.read_text()))

@@ -83,6 +83,25 @@ def stop_child(child: subprocess.Popen[bytes], *, timeout_s: float) -> None:
     kill_all([(p.pid, p.create_time()) for p in family if p.is_running()])
 
 
+def run_child(command: Sequence[str], *, log_file: Path, timeout_s: float, stop_s: float) -> int:
+    """Run a child to its end. Gives its exit code, -1 if it did not end in time; nothing of it is left.
+
+    Args:
+        command: program and arguments.
+        log_file: takes all its output, in the place of what was there.
+        timeout_s: longest time it may take.
+        stop_s: between SIGTERM and SIGKILL, where it took longer or the wait was interrupted.
+    """
+    with log_file.open("wb") as log:
+        child = start_child(command, env={}, stdout=log, stderr=log)
+    try:
+        return child.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return -1
+    finally:
+        stop_child(child, timeout_s=stop_s)
+
+
 def descendants(pid: int) -> list[psutil.Process]:
     """Children, grandchildren and so on of a process."""
     try:

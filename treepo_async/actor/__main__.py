@@ -43,15 +43,7 @@ async def main(wiring: Wiring) -> None:
     config = load(wiring.config_file)
     model = json.loads((Path(wiring.model_dir) / "config.json").read_text())
     tokenizer = TextTokenizer.load(Path(wiring.model_dir))
-    settings = expand_settings(
-        config.tree,
-        tokenizer,
-        prune=config.prune,
-        stream_tokens=config.engine.stream_tokens,
-        max_staleness=config.replay.max_staleness,
-        num_steps=config.steps,
-        timeout_s=config.actor.tree_timeout_s,
-    )
+    settings = _settings(config, tokenizer)
     keys = client_keys(wiring.keys_dir, wiring.role)
     evaluates = wiring.index == 0 and config.eval.every > 0
     hello = hello_of(wiring)
@@ -100,6 +92,18 @@ async def main(wiring: Wiring) -> None:
                 evaluator = _evaluator(config, model, tokenizer, settings, engines, scoring, slots)
                 tasks.create_task(evaluator.run(), name="evaluation")
             await worker.serve(config.actor.concurrent_trees)
+
+
+def _settings(config: Config, tokenizer: TextTokenizer) -> ExpandSettings:
+    return expand_settings(
+        config.tree,
+        tokenizer,
+        prune=config.prune,
+        stream_tokens=config.engine.stream_tokens,
+        max_staleness=config.replay.max_staleness,
+        num_steps=config.steps,
+        timeout_s=config.actor.tree_timeout_s,
+    )
 
 
 def _evaluator(

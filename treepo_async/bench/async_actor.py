@@ -8,7 +8,7 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 from treepo_async.actor.expand import ExpandSettings
 from treepo_async.actor.grow import Grower
@@ -38,7 +38,7 @@ MakeEngine = Callable[[Prompt, random.Random], TimedEngine]
 class TimedGrower(Grower):
     """Grows each tree on an engine of its own, so that trees do not see each other's requests."""
 
-    make_engine: MakeEngine | None = None
+    make_engine: MakeEngine = field(kw_only=True)
 
     async def grow(
         self,
@@ -50,12 +50,8 @@ class TimedGrower(Grower):
         old_tree: Tree | None = None,
     ) -> Tree:
         """See `Grower.grow`."""
-        if self.make_engine is None:
-            return await super().grow(
-                prompt, lease_id=lease_id, attempt=attempt, least_step=least_step, old_tree=old_tree
-            )
         engine = self.make_engine(prompt, random.Random(f"{self.seed}/{lease_id}/{attempt}/engine"))
-        alone = replace(self, engine=engine, make_engine=None)
+        alone = Grower(self.actor, engine, self.settings, self.scoring, self.seed, self.shuffle)
         return await alone.grow(
             prompt, lease_id=lease_id, attempt=attempt, least_step=least_step, old_tree=old_tree
         )

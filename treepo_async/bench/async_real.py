@@ -4,21 +4,17 @@ Waits: for the run's end (deadline `START_S` and `MOST_STEP_S` for each step; th
 """
 
 import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from treepo_async.bench.async_arms import ArmSettings
 from treepo_async.bench.async_read import read_run
 from treepo_async.bench.async_rows import Arm, CellData
+from treepo_async.bench.cell_runs import launch
 from treepo_async.errors import TreepoError
-from treepo_async.process import start_child, stop_child
 
 START_S = 300.0
 MOST_STEP_S = 60.0
-STOP_S = 30.0
-_REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def keys_of(
@@ -51,15 +47,7 @@ def run_cell(arm: Arm, words: Sequence[str], run_dir: Path, *, seed: int, warm_u
     run_dir.mkdir(parents=True)
     steps = next(int(word.partition("=")[2]) for word in words if word.startswith("steps="))
     log_file = run_dir.with_name(f"{run_dir.name}.log")
-    command = [sys.executable, str(_REPOSITORY / "launch" / "run.py"), *words]
-    with log_file.open("wb") as log:
-        child = start_child(command, env={}, stdout=log, stderr=log)
-    try:
-        code = child.wait(START_S + MOST_STEP_S * steps)
-    except subprocess.TimeoutExpired:
-        code = -1
-    finally:
-        stop_child(child, timeout_s=STOP_S)
+    code = launch(words, log_file, START_S + MOST_STEP_S * steps)
     if code != 0:
         words_said = log_file.read_text(errors="replace")[-1500:]
         raise TreepoError(f"{arm} seed {seed}: the run ended with {code}: {words_said}")

@@ -7,7 +7,6 @@ computed from trees that are grown on a clock which jumps (`async_virtual`). Wai
 
 import random
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ from treepo_async.engine.fixed import FixedGate
 from treepo_async.engine.update_mode import UpdateMode
 from treepo_async.errors import TreepoError
 from treepo_async.metrics.events import parse
-from treepo_async.process import free_ports, start_child, stop_child
+from treepo_async.process import free_ports, run_child
 
 BACKEND = "scripted"
 CALIBRATION_TREES = 400
@@ -120,16 +119,9 @@ def run_cell(script: Script, folder: Path) -> CellData:
     folder.mkdir(parents=True)
     script.write(folder)
     command = [sys.executable, "-m", "treepo_async.bench.async_roles", str(folder)]
-    with (folder / "log").open("wb") as log:
-        child = start_child(command, env={}, stdout=log, stderr=log)
     step_s = script.prompts * script.train_token_s * script.rules.limit * script.width
     limit_s = START_S + script.seconds + SLOWEST_STEP * (1 + script.warm_up) * step_s
-    try:
-        code = child.wait(limit_s)
-    except subprocess.TimeoutExpired:
-        code = -1
-    finally:
-        stop_child(child, timeout_s=STOP_S)
+    code = run_child(command, log_file=folder / "log", timeout_s=limit_s, stop_s=STOP_S)
     if code != 0:
         words = (folder / "log").read_text(errors="replace")[-1500:]
         raise TreepoError(f"{folder.name}: the processes ended with {code}: {words}")

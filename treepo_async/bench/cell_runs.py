@@ -8,7 +8,6 @@ deadline).
 """
 
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from treepo_async.errors import ConfigError, TreepoError
-from treepo_async.process import start_child, stop_child
+from treepo_async.process import run_child
 
 STATE_FILE = "cell.json"
 FINISHED = Path("model") / "policy_version"
@@ -65,14 +64,8 @@ class CellState:
 
 def launch(keys: Sequence[str], log_file: Path, timeout_s: float) -> int:
     """Run `launch/run.py` as a person does. Gives its exit code, -1 if it did not end in time."""
-    with log_file.open("wb") as log:
-        child = start_child([sys.executable, str(_LAUNCH), *keys], env={}, stdout=log, stderr=log)
-    try:
-        return child.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        return -1
-    finally:
-        stop_child(child, timeout_s=STOP_S)
+    command = [sys.executable, str(_LAUNCH), *keys]
+    return run_child(command, log_file=log_file, timeout_s=timeout_s, stop_s=STOP_S)
 
 
 def is_finished(folder: Path) -> bool:

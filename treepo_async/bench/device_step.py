@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from treepo_async.bench.cells import Stop
 from treepo_async.bench.model import prepare
 from treepo_async.bench.words import read_words
 from treepo_async.errors import ConfigError
+
+if TYPE_CHECKING:
+    from treepo_async.learner.packing.share import Share
 
 DEFAULTS = {"layers": "4", "hidden": "256", "updates": "3", "out": "gpu_campaign"}
 CHILD_S = 180.0
@@ -106,17 +109,13 @@ def train(folder: Path, dtype: str, updates: int) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from treepo_async.bench.learner_cells import Branching, LearnerCell
     from treepo_async.bench.learner_run import one_rank
-    from treepo_async.bench.learner_trees import leaf_values, trees_of
     from treepo_async.learner.attention.plan import resolve
     from treepo_async.learner.build import build_learner
     from treepo_async.learner.groups import device
-    from treepo_async.learner.loss.normalizer import loss_weights
     from treepo_async.learner.loss.objective import LossSettings
     from treepo_async.learner.optimizer import OptimizerSettings
     from treepo_async.learner.packing.divide import divide
-    from treepo_async.learner.packing.share import Share
 
     with one_rank():
         learner = build_learner(
@@ -127,30 +126,12 @@ def train(folder: Path, dtype: str, updates: int) -> dict[str, Any]:
             seed=0,
             dtype=getattr(torch, dtype),
         )
-        cell = LearnerCell(
-            shape="",
-            dtype=dtype,
-            attention="auto",
-            recompute="none",
-            budget=BUDGET,
-            prompts=3,
-            trees="",
-            branching=Branching.TREEPO,
-            width=8,
-            depth=5,
-            segment=SEGMENT,
-            prompt=PROMPT,
-        )
-        trees = trees_of(cell, learner.shape.vocab_size)
-        advantages = leaf_values(trees)
-        whole = Share(
-            tuple(trees),
-            tuple(advantages),
-            tuple(loss_weights(trees, advantages, "token_mean")),
-        )
-        (share,) = divide(whole, num_replicas=1, budget_tokens=BUDGET)
+        batch = _batch(dtype, learner.shape.vocab_size)
+        (share,) = divide(batch, num_replicas=1, budget_tokens=BUDGET)
         results = [learner.train(share) for _ in range(updates)]
-        scored = learner.score([trees[0].prompt.token_ids, trees[1].segments[0].token_ids])
+        scored = learner.score(
+            [batch.trees[0].prompt.token_ids, batch.trees[1].segments[0].token_ids]
+        )
         return {
             "device": str(device()),
             "groups": dist.get_backend(),
@@ -159,6 +140,33 @@ def train(folder: Path, dtype: str, updates: int) -> dict[str, Any]:
             "gradient_norms": [result.grad_norm for result in results],
             "logprobs": [float(value) for values in scored for value in values],
         }
+
+
+def _batch(dtype: str, vocab_size: int) -> "Share":
+    """The trees of an update."""
+    from treepo_async.bench.learner_cells import Branching, LearnerCell
+    from treepo_async.bench.learner_trees import leaf_values, trees_of
+    from treepo_async.learner.loss.normalizer import loss_weights
+    from treepo_async.learner.packing.share import Share
+
+    cell = LearnerCell(
+        shape="",
+        dtype=dtype,
+        attention="auto",
+        recompute="none",
+        budget=BUDGET,
+        prompts=3,
+        trees="",
+        branching=Branching.TREEPO,
+        width=8,
+        depth=5,
+        segment=SEGMENT,
+        prompt=PROMPT,
+    )
+    trees = trees_of(cell, vocab_size)
+    advantages = leaf_values(trees)
+    weights = tuple(loss_weights(trees, advantages, "token_mean"))
+    return Share(tuple(trees), tuple(advantages), weights)
 
 
 def _trained(folder: Path, dtype: str, updates: int, *, on_cpu: bool) -> dict[str, Any]:

@@ -8,7 +8,6 @@ Larger is better in each. Waits: for a command (`COMMAND_S`).
 import csv
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +21,7 @@ from treepo_async.bench.guard import Check
 from treepo_async.bench.queue_trees import make_tree
 from treepo_async.bench.sim_trees import LogNormal, TreeShape, draw_plan
 from treepo_async.errors import TreepoError
-from treepo_async.process import start_child, stop_child
+from treepo_async.process import run_child
 from treepo_async.types import Tree
 from treepo_async.wire.codec import decode_tree, digest_of, encode_tree
 
@@ -211,15 +210,8 @@ def _rows_of(words: str, file: str) -> list[Row]:
 
 
 def _run(words: Sequence[str], log_file: Path) -> None:
-    with log_file.open("wb") as log:
-        command = [sys.executable, str(_LAUNCH), *words]
-        child = start_child(command, env={}, stdout=log, stderr=log)
-    try:
-        code = child.wait(COMMAND_S)
-    except subprocess.TimeoutExpired:
-        code = -1
-    finally:
-        stop_child(child, timeout_s=STOP_S)
+    command = [sys.executable, str(_LAUNCH), *words]
+    code = run_child(command, log_file=log_file, timeout_s=COMMAND_S, stop_s=STOP_S)
     if code:
         said = log_file.read_text(errors="replace")[-500:]
         raise TreepoError(f"bench.py {' '.join(words)} ended with {code}: {said}")

@@ -8,7 +8,8 @@ that it runs on. Tokens by lag count each token once, as it does not follow leav
 import random
 from collections.abc import Iterator
 from dataclasses import replace
-from statistics import fmean, quantiles
+from math import nan
+from statistics import fmean, median
 
 from treepo_async.bench.async_arms import ArmSettings, settings_of
 from treepo_async.bench.async_cells import AsyncOptions
@@ -81,7 +82,7 @@ def for_arm(settings: SimSettings, arm: ArmSettings, seed: int) -> SimSettings:
 def cell_of(result: SimResult, arm: str, seed: int, *, warm_up: int) -> CellData:
     """Rows of a simulated run; accounts of time are of the whole of it."""
     begin = result.steps[warm_up - 1].end_s if warm_up else 0.0
-    pause = _percentiles(result.pauses)
+    pause = median(result.pauses) if len(result.pauses) > 1 else nan
     rows = [_row(step, arm, seed, begin, pause) for step in result.steps[warm_up:]]
     ledger = [
         LedgerRow(BACKEND, arm, seed, role, str(Account(activity)), seconds)
@@ -115,10 +116,6 @@ def _balanced(settings: SimSettings, balance: float) -> LearnerSpeed:
         )
     tokens = settings.prompts_per_batch * fmean(plan.tokens for plan in plans)
     return LearnerSpeed(batch_s=0.0, token_s=train_s / tokens)
-
-
-def _percentiles(pauses: list[float]) -> float:
-    return quantiles(pauses, n=2)[0] if len(pauses) > 1 else float("nan")
 
 
 def _row(step: SimStep, arm: str, seed: int, begin: float, pause: float) -> StepRow:

@@ -104,35 +104,29 @@ def _broadcast(job: RankJob) -> StageBroadcast:
     """This rank's part in sending weights to engines."""
     wiring, settings = job.wiring, job.config.weights
 
-    def connect() -> BlockingRequester:
-        return BlockingRequester(
-            wiring.weights_endpoint,
-            name=wiring.role,
-            owner="the learner's first rank",
-            hello=hello_of(wiring),
-            keys=client_keys(wiring.keys_dir, wiring.role),
-            resend_s=RESEND_S,
-        )
-
     return StageBroadcast.open(
-        connect,
+        partial(_requester, wiring, wiring.weights_endpoint, "the learner's first rank"),
         address=wiring.address,
         bucket_bytes=settings.bucket_bytes,
         timeout_s=settings.timeout_s,
     )
 
 
-def _lead(job: RankJob, team: Team) -> None:
-    """Rank 0's part: the loop with replay, and what it leaves behind."""
-    wiring = job.wiring
-    replay = BlockingRequester(
-        wiring.replay_endpoint,
+def _requester(wiring: Wiring, endpoint: str, owner: str) -> BlockingRequester:
+    return BlockingRequester(
+        endpoint,
         name=wiring.role,
-        owner="replay",
+        owner=owner,
         hello=hello_of(wiring),
         keys=client_keys(wiring.keys_dir, wiring.role),
         resend_s=RESEND_S,
     )
+
+
+def _lead(job: RankJob, team: Team) -> None:
+    """Rank 0's part: the loop with replay, and what it leaves behind."""
+    wiring = job.wiring
+    replay = _requester(wiring, wiring.replay_endpoint, "replay")
     desk = _desk(job) if wiring.weights_endpoint else None
     try:
         replay.ask(
