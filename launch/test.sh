@@ -34,7 +34,8 @@ stage "ruff check" ruff check
 stage "ruff format" ruff format --check
 stage "mypy" mypy
 stage "lint-imports" lint-imports
-stage "tests" pytest -m "not engine and not faults and not browser and not slow and not gpu"
+# these start no engine and no group of ranks, so that several files at once do not disturb one another
+stage "tests" pytest -n auto --maxprocesses 4 --dist loadfile -m "not engine and not faults and not browser and not slow and not gpu"
 stage "tests: engine" marked "engine and not faults and not browser"
 stage "tests: faults" marked "faults and not browser"
 stage "tests: browser" marked "browser"

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.memory import FamilyMemory
 from treepo_async.process import free_ports
 
 # how long an example takes on a busy machine says nothing about it
@@ -31,7 +32,7 @@ class LaunchedRun:
         self.run_dir = run_dir
         self.lines, self.errors = [], []
         self.began = time.monotonic()
-        self.start_s = None
+        self.start_s = self.seconds = None
         self.process = subprocess.Popen(
             [sys.executable, "launch/run.py", *words, f"run_dir={run_dir}"],
             cwd=ROOT,
@@ -43,6 +44,7 @@ class LaunchedRun:
         )
         self._driver = psutil.Process(self.process.pid)
         self._family = {self._driver}
+        self.memory = None
         self._readers = [
             threading.Thread(target=self._read, args=pair, daemon=True)
             for pair in ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
@@ -66,6 +68,8 @@ class LaunchedRun:
     def wait(self, *, timeout_s):
         """The exit code, once it has ended and said all it had to say."""
         code = self.process.wait(timeout_s)
+        self.seconds = time.monotonic() - self.began
+        self._end_watch()
         for reader in self._readers:
             reader.join(timeout=10)
         return code
@@ -74,6 +78,10 @@ class LaunchedRun:
         """Remember every process that descends from the driver now."""
         with contextlib.suppress(psutil.NoSuchProcess):
             self._family |= set(self._driver.children(recursive=True))
+
+    def watch_memory(self):
+        """Have `memory` tell what the driver and all that descends from it take."""
+        self.memory = FamilyMemory(self._members)
 
     def events(self, kind):
         """Those of a kind in its event log, oldest first."""
@@ -113,6 +121,7 @@ class LaunchedRun:
 
     def clean_up(self):
         """Kill what is left."""
+        self._end_watch()
         self.see_family()
         for process in self.alive():
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -126,6 +135,15 @@ class LaunchedRun:
     def __str__(self):
         # the first line of an error names its cause, the last ones are a log's end
         return "\n".join([*self.lines[-15:], *self.errors[:2], "...", *self.errors[-60:]])
+
+    def _end_watch(self):
+        if self.memory is not None:
+            self.memory.end()
+
+    def _members(self):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return [self._driver, *self._driver.children(recursive=True)]
+        return []
 
     def _read(self, pipe, lines):
         for line in pipe:

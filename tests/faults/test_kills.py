@@ -42,6 +42,15 @@ def records(run):
     return [json.loads(line) for line in lines]
 
 
+def newest_checkpoint(run):
+    """The step that it is of."""
+    return CheckpointStore(run.run_dir / "checkpoints", keep=2).versions()[-1].step
+
+
+def steps_of_lineage(run, number):
+    return [record["step"] for record in records(run) if record["learner/lineage"] == number]
+
+
 def check_whole(run, steps, *, untold=frozenset()):
     """All steps are done, each trained on trees within the bound, and every lease came to its end.
 
@@ -77,13 +86,12 @@ def test_a_killed_driver_takes_everything_with_it_and_the_run_goes_on_from_its_c
     assert run.wait(timeout_s=END_S) == -signal.SIGKILL
     told = records(run)[-1]["step"]
     # its learner may have gone on for a while
-    at = CheckpointStore(run.run_dir / "checkpoints", keep=2).versions()[-1].step
+    at = newest_checkpoint(run)
     steps = at + 3
     again = launch(f"steps={steps}", run_dir=run.run_dir)
     again.wait_for_line(f"resumed at step {at})", timeout_s=START_S)
     check_whole(again, steps, untold=set(range(told + 1, at + 1)))
-    after = [record["step"] for record in records(run) if record["learner/lineage"] == 1]
-    assert after == list(range(at + 1, steps + 1))
+    assert steps_of_lineage(run, 1) == list(range(at + 1, steps + 1))
 
 
 @pytest.mark.parametrize(
@@ -110,16 +118,22 @@ def test_a_killed_sglang_is_started_again_by_its_host(launch):
     assert any("ALARM engine-0: engine restarted" in line for line in run.lines)
 
 
-def test_a_killed_rank_is_noticed_and_all_ranks_go_on_from_their_checkpoint(launch):
-    steps = 10
-    run = started(launch, steps, "learner=tp2", "checkpoint.every=3", at=5)
-    killed, began = run.pid_of_rank(1), time.monotonic()
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_killed_rank_is_noticed_and_all_ranks_go_on_from_their_checkpoint(launch, rank):
+    steps, every = 10, 3
+    run = started(launch, steps, "learner=tp2", f"checkpoint.every={every}", at=5)
+    saved = newest_checkpoint(run)
+    killed, began = run.pid_of_rank(rank), time.monotonic()
     kill(killed)
     run.wait_for_line("the learner's ranks are started again", timeout_s=NOTICE_S)
     assert time.monotonic() - began < NOTICE_S
     check_whole(run, steps)
     starts = run.events("rank")
-    assert [event["rank"] for event in starts].count(1) == 2
-    assert run.pid_of_rank(1) != killed
+    assert [event["rank"] for event in starts].count(rank) == 2
+    assert run.pid_of_rank(rank) != killed
     versions = {event["version"].partition(".")[0] for event in run.events("saved")}
     assert versions == {"0", "1"}, "what came after is of a lineage of its own"
+    again = steps_of_lineage(run, 1)
+    # one more checkpoint may have been made before the kill
+    assert again[0] - 1 in (saved, saved + every)
+    assert again == list(range(again[0], steps + 1))

@@ -48,6 +48,11 @@ class Case:
     def store(self, layout):
         return CheckpointStore(self.folder / "checkpoints" / self.dtype / layout, keep=2)
 
+    def note_draw(self, when):
+        """Write down what this process's generator gives next."""
+        file = self.folder / f"{self.name}-{when}.draw.json"
+        file.write_text(json.dumps(torch.rand(4).tolist()))
+
 
 def batches():
     rng = np.random.default_rng(11)
@@ -97,6 +102,7 @@ def train(case):
     if case.resumes:
         load(learner, case.store(case.resumes).newest(print))
         begin = NUM_BEFORE
+    case.note_draw(f"rank-{torch.distributed.get_rank()}")
     spoil(learner, case.spoil)
     team = Team(learner, Control(timeout_s=30.0))
     if torch.distributed.get_rank() > 0:
@@ -109,6 +115,7 @@ def train(case):
             layout = str(case.layout)
             version = PolicyVersion(0, NUM_BEFORE)
             save(case.store(layout), team, version, layout=layout, probe_sequences=PROBE)
+            case.note_draw("saved")
         result = team.train(batch_of(*batch), version=PolicyVersion(1, 6 + step))
         losses.append(result.loss)
     (scores,) = team.score(PROBE)
@@ -185,6 +192,19 @@ def test_a_resumed_learner_ends_where_one_that_never_stopped_does_in_any_layout(
 def test_in_its_own_layout_it_ends_there_to_the_bit(folder, layout):
     found, wanted = (tensors_of(folder, name) for name in (f"{layout}-{layout}", layout))
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def drawn(folder, name, when):
+    return json.loads((folder / f"{name}-{when}.draw.json").read_text())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("written_in", WRITTEN_IN)
+def test_every_rank_draws_on_where_rank_0_of_the_first_learner_stood(folder, layout, written_in):
+    wanted = drawn(folder, written_in, "saved")
+    for rank in range(Layout.parse(layout).world_size):
+        assert drawn(folder, f"{layout}-{written_in}", f"rank-{rank}") == wanted
+        assert drawn(folder, layout, f"rank-{rank}") != wanted, "what it draws without a checkpoint"
 
 
 @pytest.mark.parametrize("spoil", ["moments-forgotten", "updates-not-counted"])

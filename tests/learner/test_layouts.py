@@ -98,6 +98,7 @@ CASES = [
     case("tp4", "grouped"),
     case("tp4pp2", "untied", sequence_parallel=False),
     case("tp4pp2", "untied"),
+    case("tp4pp2", "grouped", sequence_parallel=False),
     case("tp4pp2", "grouped"),
     case("tp2pp2dp2", "tied"),
     case("tp2", "untied", attention="dense"),

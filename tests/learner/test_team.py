@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.metrics.clock import FakeClock
-from treepo_async.learner import team
 from treepo_async.learner.control import Order
 from treepo_async.learner.team import Team
 from treepo_async.metrics.categories import RANK
@@ -22,15 +21,14 @@ class Control:
         self.orders.append(order)
 
 
-def test_the_other_ranks_hear_of_rank_0_while_it_works_alone(monkeypatch):
-    monkeypatch.setattr(team, "TICK_S", 0.02)
+def test_the_other_ranks_hear_of_rank_0_while_it_works_alone():
     control = Control()
 
     def work():
         time.sleep(0.3)
         return "done"
 
-    assert Team(None, control).keep_waiting(work) == "done"
+    assert Team(None, control, tick_s=0.02).keep_waiting(work) == "done"
     assert set(control.orders) == {Order.WAIT}
     assert len(control.orders) >= 3
 

@@ -471,7 +471,8 @@ class Staleness(RuleBasedStateMachine):
     def complete_the_next_batch(self):
         """Every tree is degenerate: what may be replaced is, and then the batch is trained as it is."""
         room = (self.rules.max_staleness + 1) * self.rules.prompts_per_batch
-        most = self.rules.max_refills + room + 3
+        # twice: a damaged tree that shows once all are in begins the count of refills anew
+        most = 2 * (self.rules.max_refills + room) + 3
         for _ in range(most):
             self.ask_batch()
             if self.in_training or self.is_out_of_data():
@@ -490,8 +491,8 @@ class Staleness(RuleBasedStateMachine):
 class RoomForOneMore(Queue):
     """Admission lets one prompt too many out."""
 
-    def _room(self):
-        return super()._room() + 1
+    def room(self):
+        return super().room() + 1
 
 
 class SilentLoss(Queue):

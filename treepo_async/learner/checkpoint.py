@@ -2,6 +2,7 @@
 
 Invariants: tensors travel under Hugging Face's names, gathered and cut by the same map as the model's weights, so a checkpoint
 says nothing of the layout that wrote it; they are float32 whatever the model's dtype, for a bfloat16 model the master weights.
+Of random generators it has one state, that of rank 0's CPU: dropout is 0, so ranks draw nothing of their own and nothing on CUDA.
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ def save(
     ancestry: Mapping[int, int] | None = None,
     apart: Apart = at_once,
 ) -> Path:
-    """Write a checkpoint of the current weights and optimizer. Gives its folder.
+    """Write a checkpoint of the current weights, the optimizer and this process's CPU generator. Gives its folder.
 
     Args:
         store: where.
@@ -84,7 +85,7 @@ def _exported(policy: Trained) -> Generator[tuple[str, Iterator[NamedTensor]], N
 
 
 def load(learner: Learner, checkpoint: Checkpoint) -> None:
-    """Restore this rank's share of a checkpoint; every rank must.
+    """Restore this rank's share of a checkpoint, and its CPU generator as that of rank 0 was; every rank must.
 
     Raises:
         ConfigError: the checkpoint is of another model.

@@ -43,10 +43,23 @@ class Team:
     """The learner of a world of ranks."""
 
     def __init__(
-        self, learner: Learner, control: Control, broadcast: StageBroadcast | None = None
+        self,
+        learner: Learner,
+        control: Control,
+        broadcast: StageBroadcast | None = None,
+        *,
+        tick_s: float = TICK_S,
     ) -> None:
+        """Take what there is.
+
+        Args:
+            learner: this rank's.
+            control: of all ranks.
+            broadcast: needed for `offer` alone.
+            tick_s: how often rank 0 tells the others that it lives while it works alone; less than they wait for an order.
+        """
         self._learner, self._control = learner, control
-        self._broadcast = broadcast
+        self._broadcast, self._tick_s = broadcast, tick_s
 
     @property
     def num_updates(self) -> int:
@@ -114,7 +127,7 @@ class Team:
         """
         with ThreadPoolExecutor(1, thread_name_prefix="rank-0 alone") as pool:
             future = pool.submit(work)
-            while not wait([future], timeout=TICK_S).done:
+            while not wait([future], timeout=self._tick_s).done:
                 self.wait()
             return future.result()
 

@@ -79,6 +79,7 @@ async def main(wiring: Wiring) -> None:
         dead_letters=DeadLetters(folder),
         quarantine=Quarantine(folder / "quarantine", MAX_QUARANTINED),
         make_feed=_feed_maker(config, model),
+        num_actors=config.actors,
     )
     emit("ready")
     try:

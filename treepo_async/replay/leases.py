@@ -1,7 +1,12 @@
-"""Who gets which prompt: leases go to the actor that holds the fewest, and never again to one that failed on the prompt."""
+"""Who gets which prompt: leases go to the actor that holds the fewest, and never again to one that failed on the prompt.
 
+At the start actors come one after another, and the first few could take all prompts there are. Until every actor of the run
+has had a lease, or for `KEPT_S`, none holds more than its equal share.
+"""
+
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from treepo_async.data.source import EndOfData
@@ -15,6 +20,9 @@ from treepo_async.replay.report import report_facts
 from treepo_async.types import Prompt
 from treepo_async.wire.facts import facts_of
 from treepo_async.wire.messages import Leased, NoLease, Refusal, numbered
+
+KEPT_S = 120.0
+"""From the first request for a lease on, the shares of actors that have not had one are kept so long."""
 
 
 class OldTrees(Protocol):
@@ -44,6 +52,11 @@ class Leases:
     askers: Askers
     names: Names
     prompt: Callable[[int], Prompt]
+    num_actors: int = 0
+    """Of the run; 0: no share is kept."""
+    _served: set[str] = field(default_factory=set)
+    """Actors that have had a lease."""
+    _kept_until: float = math.inf
 
     def answered(self, peer: bytes, request: int) -> Leased | NoLease | None:
         """What to say to a request that comes again: the lease that answered it, if it is still out."""
@@ -60,15 +73,26 @@ class Leases:
         if not (waiting and self.queue.may_lease()):
             return
         self.askers.refresh(self.queue.is_leased)
+        self._kept_until = min(self._kept_until, now + KEPT_S)
         num_granted, num_left = self.askers.count_granted(), num_fitting()
         while waiting and num_left > 0 and self.queue.may_lease():
             asker = min(waiting, key=lambda a: num_granted[a.peer])
+            if num_granted[asker.peer] >= self._most_each(now):
+                return
             waiting.remove(asker)
-            entry = self._usable(now, self.names.name_of(asker.peer))
+            actor = self.names.name_of(asker.peer)
+            entry = self._usable(now, actor)
             if entry is not None:
                 num_granted[asker.peer] += 1
                 num_left -= 1
+                self._served.add(actor)
                 self._grant(asker, *entry)
+
+    def _most_each(self, now: float) -> float:
+        """Leases that one actor may hold."""
+        if len(self._served) >= self.num_actors or now > self._kept_until:
+            return math.inf
+        return math.ceil(self.queue.room() / self.num_actors)
 
     def _usable(self, now: float, actor: str) -> tuple[Entry, Prompt] | None:
         """A lease on the next prompt that can be used."""

@@ -114,7 +114,7 @@ class Queue:
         """Whether an actor can be given a prompt now, waiting or new."""
         if self._first_waiting(actor) is not None:
             return True
-        return not self.exhausted and len(self.order.live) < self._room()
+        return not self.exhausted and len(self.order.live) < self.room()
 
     def lease(self, now: float, actor: str = "") -> Entry:
         """Hand out the first waiting entry, else a new one; only after `may_lease(actor)`."""
@@ -124,6 +124,11 @@ class Queue:
         self._set_deadlines(entry, now)
         self.order.touch(entry)
         return entry
+
+    def room(self) -> int:
+        """How many entries, from the first live one on, admission lets out."""
+        until = min(self.published + self.rules.max_staleness + 1, self.rules.num_batches)
+        return max(0, until - self.order.next_step) * self.rules.prompts_per_batch
 
     def least_step(self, lease_id: str) -> int:
         """Oldest policy step that the entry's segments may come from."""
@@ -369,7 +374,7 @@ class Queue:
     def check_integrity(self) -> None:
         """Assert what must hold between any two calls."""
         self.state().check()
-        room = self._room()
+        room = self.room()
         for place, entry in enumerate(self.order.live.values()):
             is_out = entry.state is State.LEASED
             assert not is_out or place < room, "admission bound"
@@ -377,13 +382,8 @@ class Queue:
 
     # ---------------------------------------------------------------- inside
 
-    def _room(self) -> int:
-        """How many entries, from the first live one on, admission lets out."""
-        until = min(self.published + self.rules.max_staleness + 1, self.rules.num_batches)
-        return max(0, until - self.order.next_step) * self.rules.prompts_per_batch
-
     def _first_waiting(self, actor: str) -> Entry | None:
-        admitted = islice(self.order.live.values(), self._room())
+        admitted = islice(self.order.live.values(), self.room())
         return next(
             (e for e in admitted if e.state is State.WAITING and self._suits(e, actor)), None
         )

@@ -104,6 +104,8 @@ class ReplayServer:
     quarantine: Quarantine
     make_feed: Callable[[Group], TreeFeed] | None = None
     """Gives the trees of a file; actors then get no lease."""
+    num_actors: int = 0
+    """Of the run, as `Leases` counts them."""
     clock: Callable[[], float] = time.monotonic
     slot: Slot = field(
         default_factory=lambda: Slot(SlotLedger(REPLAY), "queue", least_s=TOLD_FROM_S)
@@ -129,7 +131,13 @@ class ReplayServer:
         )
         self._feed = None if self.make_feed is None else self.make_feed(self._group)
         self._leases = Leases(
-            self.queue, self.store, self._group, self._askers, self.peers, self.prompt
+            self.queue,
+            self.store,
+            self._group,
+            self._askers,
+            self.peers,
+            self.prompt,
+            self.num_actors,
         )
 
         self._write_missing_letters()
