@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import zmq
 from aiohttp import ClientSession, web
+from aiohttp.typedefs import Handler
 
 from treepo_async.actor.expand import ExpandSettings
 from treepo_async.actor.score import Scoring
@@ -171,10 +172,10 @@ class ScriptedEngine:
 
     async def warm(
         self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
-    ) -> str:
+    ) -> Place:
         """See `EngineClient.warm`."""
         self.warmed.append(list(prefix))
-        return ""
+        return Place("")
 
     async def extend(
         self,
@@ -281,6 +282,8 @@ class FakeSGLang:
     dies_of: int | None = None
     """A prompt with this token ends the server, and all that runs in it."""
     on_death: Callable[[], None] = lambda: None
+    num_missed: int = 0
+    """Times that it is looked for in vain, at `/model_info`; until then every connection breaks, as if it were not there."""
     info: dict[str, Any] = field(default_factory=dict)
     """What it says of itself beside the defaults, at `/model_info` and `/server_info`."""
     calls: list[tuple[str, Any]] = field(default_factory=list)
@@ -295,7 +298,7 @@ class FakeSGLang:
     """Ids of requests that died with the server."""
 
     async def __aenter__(self) -> "FakeSGLang":
-        app = web.Application()
+        app = web.Application(middlewares=[self._unless_away])
         app.router.add_post("/generate", self._generate)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_post("/flush_cache", self._flush)
@@ -323,6 +326,15 @@ class FakeSGLang:
     def bodies(self, path: str) -> list[Any]:
         """What was posted to a path."""
         return [body for called, body in self.calls if called == path]
+
+    @web.middleware
+    async def _unless_away(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self.num_missed == 0:
+            return await handler(request)
+        self.num_missed -= request.path == "/model_info"
+        assert request.transport is not None
+        request.transport.abort()
+        return web.Response()
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -92,14 +92,17 @@ async def test_one_sample_has_no_pass_at_k(capsys):
     assert "pass_at_k" not in event
 
 
-async def test_a_response_may_not_repeat_itself_within_one_segment_as_in_training(capsys):
-    # `xy` twice in eight characters, but never twice in four: no stop in training, so none here
-    texts = [ord(c) for c in r"xyabxyab\boxed{7}"]
+@pytest.mark.parametrize(
+    ("text", "accuracy"), [(r"xyabxyab\boxed{7}", 0.0), (r"xyabcdefxy\boxed{7}", 3 / 4)]
+)
+async def test_a_response_that_repeats_itself_is_cut_as_in_training(text, accuracy, capsys):
+    # twice the same two characters in at most eight tokens, over two segments
+    texts = [ord(c) for c in text]
     engine = ScriptedEngine(script=lambda *_: texts)
     async with evaluating(engine) as keeper:
         await evaluate(keeper, FIRST)
     (event,) = events_in(capsys.readouterr().out, "eval")
-    assert event["greedy_accuracy"] == pytest.approx(3 / 4)
+    assert event["greedy_accuracy"] == pytest.approx(accuracy)
 
 
 async def test_a_failed_score_counts_as_wrong_and_not_as_left_out(capsys):

@@ -2,6 +2,7 @@ import asyncio
 import math
 import random
 from dataclasses import replace
+from string import ascii_lowercase, ascii_uppercase, digits
 
 import numpy as np
 import pytest
@@ -17,14 +18,18 @@ from tests.fakes import (
     numbered_prompt,
     until,
 )
+from treepo_async.actor.__main__ import _settings
 from treepo_async.actor.expand import expand
+from treepo_async.config.command_line import parse
 from treepo_async.errors import DeadlineError, EngineError
+from treepo_async.tree.cut import Run, VersionSpan
 from treepo_async.tree.rules import PruneRules
 from treepo_async.types import ROOT, PolicyVersion, Sampling, StopReason, Tree, leaves_of
 
 PROMPT = numbered_prompt(0)
 PROMPT_TOKENS = PROMPT.token_ids.tolist()
 SETTINGS = ascii_settings()
+ENDLESS = replace(SETTINGS.stops, repetition_count=0)
 
 
 async def grow(engine, settings=SETTINGS, *, seed=0, prompt=PROMPT, least_step=0):
@@ -257,6 +262,16 @@ async def test_repetition_is_seen_in_every_run_of_a_request():
     assert cost.decoded_tokens == 4 * 5
 
 
+@pytest.mark.parametrize("end", range(4, 24))
+async def test_a_request_ends_at_the_first_look_that_can_see_the_repetition(end):
+    rules = {"width": 1, "first_fork_min": 1, "first_fork_max": 1, "max_depth": 20}
+    settings = replace(ascii_settings(**rules, fallback="none"), stream_tokens=8)
+    text = ascii_uppercase[: end - 4] + "xyxy" + ascii_lowercase[:23] + digits
+    (leaf,), cost = await grow_leaf(scripted(text), settings)
+    assert leaf == text[:end]
+    assert cost.decoded_tokens == next(look for look in (1, 9, 17, 25) if look >= end)
+
+
 async def test_nothing_is_watched_where_nothing_but_the_engine_ends_a_path():
     engine = ScriptedEngine(eos_rate=0.0)
     stops = replace(SETTINGS.stops, boxed_end=None, repetition_count=0)
@@ -309,7 +324,7 @@ async def test_an_eager_child_is_asked_for_while_its_siblings_still_run():
 
 async def test_a_pruned_path_costs_what_it_decoded_and_says_what_it_saved():
     prune = PruneRules(min_logprob=-0.06, first_level=1)
-    settings = replace(ascii_settings(), prune=prune)
+    settings = replace(ascii_settings(), stops=ENDLESS, prune=prune)
     segments, provenance = await grow(ScriptedEngine(seed=1, eos_rate=0.0), settings)
     tree = tree_of(segments, provenance, settings)
     pruned = [leaf for leaf in tree.leaves if segments[leaf].stop is StopReason.PRUNED]
@@ -319,6 +334,75 @@ async def test_a_pruned_path_costs_what_it_decoded_and_says_what_it_saved():
     ends = tree.num_tokens_L[[tree.leaves.index(leaf) for leaf in pruned]]
     assert provenance.saved_tokens == sum(limit - ends)
     assert tree.num_delivered_tokens == limit * settings.growth.width
+
+
+class MovingEngine(ScriptedEngine):
+    """Weights change behind every tenth token of a request, which goes on."""
+
+    def _complete(self, prefix, max_new_tokens, sampling, is_cached, least_step, watch):
+        whole = super()._complete(prefix, max_new_tokens, sampling, is_cached, least_step, None)
+        run, number = whole.run, len(whole.run)
+        if watch is not None and watch.is_outdated is not None:
+            looks = range(1, number, watch.every_tokens)
+            outdated = (n for n in looks if watch.is_outdated(spans_of_ten(n)))
+            number = next(outdated, number)
+        run = Run(run.token_ids[:number], run.behavior_logprobs[:number], spans_of_ten(number))
+        return replace(whole, run=run)
+
+
+def spans_of_ten(number):
+    return tuple(
+        VersionSpan(PolicyVersion(0, step), min(10, number - 10 * step))
+        for step in range(math.ceil(number / 10))
+    )
+
+
+def aging(*, stream_tokens, **rules):
+    """Settings of one path of 64 tokens, too old with those of two versions before."""
+    one = {"width": 1, "first_fork_min": 1, "first_fork_max": 1, "max_depth": 16}
+    return replace(
+        ascii_settings(**one, **rules),
+        stops=ENDLESS,
+        prune=PruneRules(max_staleness=1),
+        stream_tokens=stream_tokens,
+    )
+
+
+@pytest.mark.parametrize("growth", ["barrier", "eager", "independent"])
+async def test_a_long_request_is_ended_once_its_first_token_is_too_old(growth):
+    settings = aging(growth=growth, stream_tokens=8)
+    segments, cost = await grow(MovingEngine(eos_rate=0.0), settings)
+    tree = tree_of(segments, cost, settings)
+    tree.check()
+    assert {segments[leaf].stop for leaf in tree.leaves} == {StopReason.PRUNED}
+    # looked at after 1, 9, 17 and 25 tokens, the last of which are of step 2; the other begins too old beside these
+    assert tree.num_tokens_L.tolist() == [25, 1]
+    assert cost.decoded_tokens == 26
+    assert cost.num_pruned == 2
+    assert cost.notes == ("1 leaves fewer than the width: pruned paths are not refilled",)
+
+
+async def test_a_request_that_no_watch_ended_is_judged_at_its_end():
+    settings = aging(stream_tokens=0)
+    segments, cost = await grow(MovingEngine(eos_rate=0.0), settings)
+    tree = tree_of(segments, cost, settings)
+    assert tree.num_tokens_L.tolist() == [64, 64]
+    assert not tree.is_whole_L.any()
+
+
+@pytest.mark.parametrize("growth", ["barrier", "independent"])
+@pytest.mark.parametrize(("stale", "bound"), [("true", 3), ("false", None)])
+async def test_the_rule_of_age_reaches_the_tree_from_the_config(stale, bound, growth):
+    shape = ("tree.width=2", "tree.first_fork_max=2", "tree.segment_tokens=8", "tree.max_depth=8")
+    words = (f"prune.stale={stale}", "replay.max_staleness=3", f"tree.growth={growth}")
+    config = parse([*shape, *words])
+    settings = replace(_settings(config, SETTINGS.stops), stops=ENDLESS, stream_tokens=8)
+    assert settings.prune.max_staleness == bound
+    segments, cost = await grow(MovingEngine(eos_rate=0.0), settings)
+    whole_L = tree_of(segments, cost, settings).is_whole_L
+    assert whole_L.any() == (bound is None)
+    # both paths, and both that took their places
+    assert cost.num_pruned == (0 if bound is None else 4)
 
 
 async def test_entropy_is_asked_for_only_where_forks_are_split_by_it():

@@ -26,12 +26,13 @@ def completion(engine="a", version=OLD, *, prefix=100, cached=99, warmed=0, move
 def test_a_path_is_where_its_last_segment_was_sampled_and_a_trunk_is_where_the_prompt_is():
     places = Places()
     assert places.of(ROOT) is None
-    places.begin("a")
-    assert places.of(ROOT) == Place("a")
-    assert places.of(5) == Place("a"), "kept of an earlier tree"
+    begun = Place("a", reservation=7)
+    places.begin(begun)
+    assert places.of(ROOT) == begun, "with which the engine knows the tree"
+    assert places.of(5) == begun, "kept of an earlier tree"
     places.add(5, range(6, 8), completion("b", move=Move.MIGRATED))
     assert places.of(6) == places.of(7) == Place("b", OLD)
-    assert places.of(ROOT) == Place("a")
+    assert places.of(ROOT) == begun
 
 
 def test_the_first_run_says_where_a_tree_begins_that_was_not_warmed():

@@ -42,7 +42,7 @@ def parcel_of(version, *, level=None, evaluate=False, tensors=None):
     manifest = Manifest(
         version=str(version),
         tensors=found,
-        hashes=dict.fromkeys(found, ""),
+        hashes={},
         probe=Probe(token_ids, [[fake_logprob(t, proven) for t in ids[1:]] for ids in token_ids]),
         evaluate=evaluate,
     )

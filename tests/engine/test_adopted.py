@@ -112,11 +112,35 @@ async def test_where_nothing_answers_the_wait_ends_with_the_key(tmp_path):
             await server.start(base(tmp_path), "0.0", timeout_s=0.3)
 
 
+async def test_only_one_that_refuses_connections_for_a_while_is_gone(tmp_path, monkeypatch):
+    nowhere = loopback().replace("tcp", "http")
+    async with FakeSGLang(info=FITS) as fake, adopted(fake.url) as server:
+        await server.start(base(tmp_path), "0.0", timeout_s=5)
+        there = server.url
+
+        async def ask(url):
+            server.url = url
+            with contextlib.suppress(EngineError):
+                await server.loads()
+
+        await ask(nowhere)
+        assert server.is_alive(), "of one connection"
+        await ask(there)
+        monkeypatch.setattr(treepo_async.engine.adopted, "REFUSED_S", 0.0)
+        await ask(nowhere)
+        assert server.is_alive(), "it has answered in between"
+        await ask(nowhere)
+        assert not server.is_alive()
+        await ask(there)
+        assert not server.is_alive(), "another process, with weights of its own"
+
+
 async def test_one_that_goes_away_gets_the_last_good_weights_back_when_it_is_there_again(
     tmp_path, capsys, monkeypatch
 ):
     # nothing listens there: that need not be waited for
     monkeypatch.setattr(treepo_async.engine.adopted, "GONE_S", 600.0)
+    monkeypatch.setattr(treepo_async.engine.adopted, "REFUSED_S", 0.3)
     store = WeightStore(tmp_path / "weights", keep=8)
     keeper = GateKeeper(loopback())
     try:

@@ -32,7 +32,7 @@ async def test_a_version_is_sent_behind_a_closed_gate_by_groups_that_are_joined_
             "/generate",
             "open",
         ]
-        assert [order.step for order in it.orders] == [1, 1]
+        await until(lambda: [order.step for order in it.orders] == [1, 1])
         it.desk.offer(parcel_of(SECOND))
         await it.applied(SECOND)
         assert it.doings().count("join") == 2
@@ -142,7 +142,7 @@ async def test_a_version_that_comes_while_requests_drain_takes_the_place_of_the_
             await until(lambda: "close" in it.doings())
             it.desk.offer(parcel_of(SECOND))
         await it.applied(SECOND)
-        assert [order.step for order in it.orders] == [2, 2]
+        await until(lambda: [order.step for order in it.orders] == [2, 2])
         assert it.doings().count("close") == 1
 
 

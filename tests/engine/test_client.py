@@ -14,6 +14,7 @@ from treepo_async.engine.answer import NotFiniteError, Watch, entropy_of
 from treepo_async.engine.client import (
     MAX_ATTEMPTS,
     WARM_TOKENS,
+    Ask,
     EngineClient,
     SamplingSettings,
     all_of,
@@ -323,6 +324,22 @@ async def test_an_answer_of_newer_weights_that_are_never_proven_is_a_deadline():
             await work
 
 
+@pytest.mark.parametrize(("is_down", "patience_s"), [(True, 60.0), (False, 0.2)])
+async def test_an_answer_that_another_engine_can_give_waits_for_no_server_that_is_down_and_not_long(
+    is_down, patience_s
+):
+    ask = Ask(PREFIX, 4, SAMPLING)
+    async with connected(
+        gate_timeout_s=60.0, update_mode=UpdateMode.RETRACT, weight_versions=LIVED_THROUGH
+    ) as (sglang, keeper, client):
+        sglang.latency_s = 0.2
+        work = asyncio.create_task(client.attempt(ask, alone=False, patience_s=patience_s))
+        await until(lambda: sglang.running)
+        await keeper.close(is_down=is_down)
+        with pytest.raises(EngineError, match=r"sampled under 0\.4, which its host did not prove"):
+            await work
+
+
 async def test_the_time_without_a_server_costs_one_attempt_however_long_it_is():
     async with connected(generate_faults=deque(["drop"])) as (sglang, keeper, client):
         answer, restarted = keeper._router.send, asyncio.Event()
@@ -373,6 +390,21 @@ async def test_a_watch_sees_the_tokens_grow_and_ends_the_request():
         assert sglang.bodies("/abort_request") == [{"rid": body["rid"]}]
     assert seen == [1, 5, 9]
     # the engine decodes on until the abort reaches it; those tokens are told, too
+    assert len(completion.run) == 11
+
+
+async def test_a_watch_sees_the_versions_of_the_tokens_and_ends_what_is_outdated():
+    seen = []
+
+    def is_outdated(spans):
+        seen.append([(span.policy_version, span.num_tokens) for span in spans])
+        return len(seen) == 3
+
+    wanted = watch(lambda _: False)._replace(is_outdated=is_outdated)
+    async with connected(latency_s=0.05) as (sglang, _, client):
+        (completion,) = await extend(client, max_new_tokens=40, watch=wanted)
+        assert len(sglang.bodies("/abort_request")) == 1
+    assert seen == [[(VERSION, number)] for number in (1, 5, 9)]
     assert len(completion.run) == 11
 
 

@@ -2,7 +2,7 @@ import asyncio
 import contextlib
 import shutil
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import aiohttp
 import pytest
@@ -604,3 +604,51 @@ async def test_the_time_of_a_server_is_booked_by_its_requests_and_its_updates(
     rows = [row for event in events_in(out, "spans") for row in event["rows"]]
     parts = {name: begin for track, name, _, begin, *_ in rows if track == "server"}
     assert parts["update"] <= parts["drain"] < parts["load"] < parts["probe"]
+
+
+@dataclass(frozen=True)
+class Deaf(FolderPublications):
+    """Those of a learner that hears nothing before `hears` is set."""
+
+    hears: asyncio.Event
+    loads: bool
+    told: list[str] = field(default_factory=list)
+
+    async def load(self, server, version, **options):
+        if not self.loads:
+            raise WeightsError("not sent")
+        return await super().load(server, version, **options)
+
+    async def loaded(self, version, error):
+        await self.hears.wait()
+        self.told.append(error)
+
+
+@pytest.mark.parametrize("mode", [DRAIN, RETRACT])
+async def test_after_an_update_that_was_not_begun_requests_do_not_wait_until_the_learner_hears_of_it(
+    tmp_path, base_dir, mode
+):
+    async with house(tmp_path, base_dir, update_mode=mode) as it:
+        it.host.publications = deaf = Deaf(it.store, asyncio.Event(), loads=False)
+        publish_fake(it.store, FIRST)
+        await until(lambda: it.doings().count("open") == 2)
+        async with it.gate.passage():
+            assert (deaf.told, it.sglang.paused) == ([], "")
+        deaf.hears.set()
+        await until(lambda: deaf.told)
+        assert deaf.told[0] == "not sent"
+
+
+async def test_a_server_is_started_again_while_the_learner_is_told_why(tmp_path, base_dir):
+    async with house(tmp_path, base_dir) as it:
+        it.host.publications = deaf = Deaf(it.store, asyncio.Event(), loads=True)
+        it.sglang.refuses_update = True
+        publish_fake(it.store, FIRST)
+        await until(lambda: it.doings().count("open") == 2)
+        assert (deaf.told, len(it.server.starts)) == ([], 2)
+        it.sglang.refuses_update = False
+        deaf.hears.set()
+        await it.applied(FIRST)
+        await until(lambda: len(deaf.told) == 2)
+        assert "applying 0.1 failed" in deaf.told[0]
+        assert deaf.told[1] == ""

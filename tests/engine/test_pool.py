@@ -116,10 +116,30 @@ async def test_a_path_goes_on_where_its_prefix_is():
 async def test_trees_begin_in_turn_on_idle_engines():
     async with rig(2) as fleet:
         begun = [await fleet.pool.warm(PREFIX, sampling=SAMPLING) for _ in range(2)]
-        await fleet.extend(home=0)
-        assert begun == [server.url for server in fleet.servers]
+        assert [place.engine for place in begun] == [server.url for server in fleet.servers]
         after = [await fleet.pool.warm(PREFIX, sampling=SAMPLING) for _ in range(4)]
-        assert set(Counter(after).values()) == {2}, "each counts as work before it asks"
+        counts = Counter(place.engine for place in after)
+        assert set(counts.values()) == {2}, "each counts as work before it asks"
+
+
+async def test_however_much_a_tree_asks_at_its_beginning_the_others_still_count():
+    async with rig(1) as fleet:
+        meter = fleet.pool.members[0].meter
+        places = [await fleet.pool.warm(PREFIX, sampling=SAMPLING) for _ in range(3)]
+        for _ in range(3):
+            await fleet.pool.extend(
+                PREFIX, num_runs=1, max_new_tokens=4, sampling=SAMPLING, home=places[0]
+            )
+        assert set(meter.begun) == {place.reservation for place in places[1:]}
+
+
+async def test_a_tree_that_its_prompt_takes_to_another_engine_counts_there():
+    async with rig(2) as fleet:
+        fleet.servers[0].generate_faults.append("drop")
+        place = await fleet.pool.warm([5] * WARM_TOKENS, sampling=SAMPLING)
+        left, taken = (member.meter.begun for member in fleet.pool.members)
+        assert place.engine == fleet.servers[1].url
+        assert (set(left), set(taken)) == (set(), {place.reservation})
 
 
 async def test_runs_count_from_the_moment_their_engine_is_chosen():
@@ -133,7 +153,8 @@ async def test_runs_count_from_the_moment_their_engine_is_chosen():
 async def test_a_tree_begins_where_fewer_requests_run():
     async with rig(2, latency_s=20) as fleet, running(fleet.extend(home=0, num_runs=3)):
         await until(lambda: len(fleet.servers[0].running) == 3)
-        assert await fleet.pool.warm(PREFIX, sampling=SAMPLING) == fleet.servers[1].url
+        begun = await fleet.pool.warm(PREFIX, sampling=SAMPLING)
+        assert begun.engine == fleet.servers[1].url
 
 
 async def test_the_load_of_other_actors_comes_from_the_host():
@@ -143,7 +164,8 @@ async def test_the_load_of_other_actors_comes_from_the_host():
         member = fleet.pool.members[0]
         await until(lambda: member.reading(0, asyncio.get_running_loop().time()).load > 0)
         assert member.meter.num_others == 7
-        assert await fleet.pool.warm(PREFIX, sampling=SAMPLING) == fleet.servers[1].url
+        begun = await fleet.pool.warm(PREFIX, sampling=SAMPLING)
+        assert begun.engine == fleet.servers[1].url
 
 
 async def test_children_of_an_overloaded_engine_spill_and_their_prefix_is_computed_once():

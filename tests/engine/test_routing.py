@@ -129,14 +129,22 @@ def test_the_mean_load_follows_the_load_with_its_time_constant():
     assert reading.load == 100
 
 
+def test_requests_that_only_compute_a_prefix_say_nothing_of_how_large_those_of_others_are():
+    meter = Meter()
+    for tokens in (16, 0, 0, 16, 0):
+        meter.add(tokens, 1.0)
+    assert meter.scale.tokens == 16
+
+
 def test_trees_that_have_not_asked_yet_count_and_what_they_ask_takes_the_place_of_it():
     meter = Meter(Scale(16.0))
-    meter.begin(0.0)
-    meter.begin(1.0)
+    first, second = meter.begin(0.0), meter.begin(1.0)
     assert meter.reading(1.0, is_out=False, is_open=True).load == 32
-    meter.asked()
+    meter.asked(first)
     meter.add(16, 1.0)
     assert meter.reading(1.0, is_out=False, is_open=True).load == 32
+    meter.asked(first)
+    assert meter.begun == {second: 1.0}, "whatever else the first tree asks"
     assert meter.reading(1.0 + BEGIN_S, is_out=False, is_open=True).load == 16
-    meter.asked()
-    assert meter.begun == []
+    meter.asked(second)
+    assert meter.begun == {}

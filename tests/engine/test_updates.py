@@ -70,7 +70,7 @@ class OpenDoor:
     async def passage(self, least_step=0, *, patience_s=None):
         yield self.version
 
-    async def stands_by(self, version):
+    async def stands_by(self, version, *, patience_s=None):
         return True
 
 

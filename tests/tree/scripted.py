@@ -55,9 +55,12 @@ class ScriptedEngine:
     reasons: tuple[StopReason, ...] = (*ANSWERED, StopReason.REPETITION)
     update_rate: float = 0.0
     """How often a token is sampled under the other policy version."""
+    publish_rate: float = 0.0
+    """How often a token is sampled under a later policy version than all before it."""
     logprobs: tuple[float, float] = (-1.0, -1.0)
     """Range from which each run's log-prob is drawn, the same for all its tokens."""
     tokens: count = field(default_factory=count)
+    step: int = 0
 
     def entropy(self):
         return self.rng.random()
@@ -70,12 +73,18 @@ class ScriptedEngine:
             VersionSpan(PolicyVersion(0, int(self.rng.random() < self.update_rate)), 1)
             for _ in range(num_tokens)
         )
-        if self.update_rate == 0:
+        if self.publish_rate:
+            spans = tuple(VersionSpan(self._later(), 1) for _ in range(num_tokens))
+        elif self.update_rate == 0:
             spans = (VersionSpan(PolicyVersion(0, 0), num_tokens),)
         token_ids = np.array([next(self.tokens) for _ in range(num_tokens)], np.int32)
         logprobs = np.full(num_tokens, self.rng.uniform(*self.logprobs), np.float32)
         run = Run(token_ids, logprobs, spans)
         return run, self.rng.choice(self.reasons) if stops else None
+
+    def _later(self):
+        self.step += self.rng.random() < self.publish_rate
+        return PolicyVersion(0, self.step)
 
 
 def grow(rules, engine, seed=0, prune=None):

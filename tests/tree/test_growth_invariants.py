@@ -1,11 +1,13 @@
 import random
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tree.scripted import ANSWERED, ScriptedEngine, grow, tree_of
-from treepo_async.tree.rules import GrowthRules
+from treepo_async.tree.prune import mean_logprob
+from treepo_async.tree.rules import GrowthRules, PruneRules
 from treepo_async.types import ROOT
 
 FALLBACKS = ("random", "low_confidence", "from_start", "none")
@@ -44,28 +46,56 @@ def grown(draw):
 examples = settings(deadline=None, max_examples=150)
 
 
-@settings(deadline=None, max_examples=1000)
-@given(grown())
+@st.composite
+def grown_by_any_rule(draw):
+    """Forks dealt out by any split, paths pruned by any rule, and weights that change meanwhile or not."""
+    rules, seed = draw(rules_strategy()), draw(st.integers(0, 10_000))
+    prune = PruneRules(
+        min_logprob=draw(st.sampled_from([None, None, -1.0])),
+        value=draw(st.sampled_from([None, mean_logprob])),
+        min_value=-1.2,
+        first_level=draw(st.integers(0, 2)),
+        probability=draw(st.sampled_from([0.5, 1.0])),
+        max_staleness=draw(st.sampled_from([None, 0, 1])),
+        refill=draw(st.booleans()),
+    )
+    engine = ScriptedEngine(
+        random.Random(seed),
+        stop_rate=draw(st.sampled_from([0.0, 0.02, 0.1, 0.3, 0.8])),
+        publish_rate=draw(st.sampled_from([0.0, 0.02, 0.3])),
+        logprobs=(-2.0, 0.0),
+    )
+    split = draw(st.sampled_from(["even", "logprob_high", "logprob_low", "entropy"]))
+    rules = replace(rules, split=split)
+    return *grow(rules, engine, seed, prune), rules, prune
+
+
+@settings(deadline=None, max_examples=500)
+@given(grown_by_any_rule())
 def test_finished_and_active_paths_never_exceed_the_width(case):
-    _, rounds, rules = case
+    _, rounds, rules, _ = case
     for planned in rounds:
         assert len(planned.finished) + planned.num_active <= rules.width
         assert all(e.num_runs >= 1 for e in planned.extensions)
 
 
-@settings(deadline=None, max_examples=1000)
-@given(grown())
-def test_a_tree_has_exactly_width_leaves_or_says_why_not(case):
-    growth, _, rules = case
+@settings(deadline=None, max_examples=500)
+@given(grown_by_any_rule())
+def test_a_tree_has_exactly_width_whole_leaves_or_says_why_not(case):
+    growth, _, rules, prune = case
     tree = tree_of(growth)
     tree.check()
-    missing = rules.width - len(tree.leaves)
+    num_pruned = len(growth.tree.pruned)
+    # the places of the first `width` pruned paths are given to others
+    unfilled = max(0, num_pruned - rules.width) if prune.refill else num_pruned
+    missing = rules.width - unfilled - int(tree.is_whole_L.sum())
     if rules.fallback != "none":
         assert missing == 0
-    if missing:
-        assert tree.provenance.notes == (f"{missing} leaves fewer than the width: fallback is off",)
-    else:
-        assert tree.provenance.notes == ()
+    expected = [(unfilled, "pruned paths are not refilled"), (missing, "fallback is off")]
+    assert tree.provenance.notes == tuple(
+        f"{number} leaves fewer than the width: {reason}" for number, reason in expected if number
+    )
+    assert len(tree.leaves) == num_pruned + int(tree.is_whole_L.sum())
 
 
 @examples

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tree.scripted import ANSWERED, RULES, ScriptedEngine, grow, grow_eagerly, tree_of
+from tests.tree.test_growth_invariants import rules_strategy
 from treepo_async.tree.cut import Run, VersionSpan
 from treepo_async.tree.growth import start_growth
 from treepo_async.tree.prune import KEEP, PRUNE, judge, mean_logprob
@@ -173,6 +174,91 @@ def test_no_fallback_hangs_on_a_prefix_that_is_too_old():
         starts.add(fallback.start)
     # behind the first level there are tokens of step 5, beside tokens of step 7
     assert starts == {0}
+
+
+def stale_leaves(growth, bound):
+    """Whole leaves with a token that is older than the bound beside the newest token of the tree."""
+    tree = tree_of(growth)
+    newest = max(s.policy_version.step for s in tree.segments)
+    oldest = (
+        min(tree.segments[i].policy_version.step for i in tree.path(leaf))
+        for leaf in growth.tree.finished
+    )
+    return [step for step in oldest if step < newest - bound]
+
+
+DRIVES = {"barrier": grow, "eager": grow_eagerly, "independent": grow}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    kind=st.sampled_from(sorted(DRIVES)),
+    rules=rules_strategy(),
+    seed=st.integers(0, 1000),
+    stop_rate=st.sampled_from([0.0, 0.1, 0.5]),
+    publish_rate=st.sampled_from([0.01, 0.1, 0.5, 1.0]),
+    bound=st.integers(0, 2),
+    refill=st.booleans(),
+)
+def test_under_endless_updates_growth_ends_and_no_whole_leaf_is_too_old(
+    kind, rules, seed, stop_rate, publish_rate, bound, refill
+):
+    rules = replace(rules, growth=kind)
+    busy = ScriptedEngine(random.Random(seed), stop_rate, publish_rate=publish_rate)
+    growth, _ = DRIVES[kind](rules, busy, seed, PruneRules(max_staleness=bound, refill=refill))
+    assert stale_leaves(growth, bound) == []
+    tree, num_pruned = tree_of(growth), len(growth.tree.pruned)
+    tree.check()
+    assert len(tree.leaves) == len(growth.tree.finished) + num_pruned
+    assert num_pruned <= (2 * rules.width if refill else rules.width)
+
+
+@pytest.mark.parametrize("kind", DRIVES)
+def test_the_rule_of_age_holds_also_once_the_tree_is_as_wide_as_it_may_be(kind):
+    def grown(bound):
+        busy = ScriptedEngine(random.Random(1), stop_rate=0.03, publish_rate=0.05)
+        rules = replace(RULES, growth=kind)
+        return DRIVES[kind](rules, busy, 1, PruneRules(max_staleness=bound))[0]
+
+    whole, growth = grown(None), grown(4)
+    assert stale_leaves(whole, 4), "control: without the rule there are such leaves"
+    assert stale_leaves(growth, 4) == []
+    assert growth.tree.finished
+    # a request for a path's rest is one request all the same
+    lengths = {len(tree_of(growth).path(leaf)) for leaf in growth.tree.pruned}
+    assert max(lengths) > 1
+
+
+def test_the_first_pruned_paths_are_refilled_and_those_beyond_the_width_are_not():
+    """Every token is of another version, so that each path of two tokens or more is too old."""
+    busy = ScriptedEngine(random.Random(0), publish_rate=1.0)
+    growth, _ = grow(RULES, busy, prune=PruneRules(max_staleness=0))
+    assert growth.tree.finished == []
+    assert len(growth.tree.pruned) == 2 * RULES.width
+    assert growth.notes() == ("16 leaves fewer than the width: pruned paths are not refilled",)
+
+
+def test_a_whole_path_is_pruned_once_a_later_token_makes_it_too_old():
+    rules = replace(RULES, width=2)
+    growth = start_growth(rules, random.Random(0), PruneRules(max_staleness=1))
+    (first,) = growth.start()
+    add(growth, first, step=3, stop=StopReason.EOS)
+    following = add(growth, first, step=5, stop=StopReason.EOS)
+    stops = [s.stop for s in growth.tree.segments if s.stop is not None]
+    assert stops == [StopReason.PRUNED, StopReason.EOS]
+    assert growth.tree.finished == [11]
+    # its place is taken
+    assert sum(e.num_runs for e in following) == 1
+
+
+def test_a_tree_that_is_cut_off_keeps_no_whole_path_that_is_too_old():
+    rules = replace(RULES, width=3, first_fork_min=3, first_fork_max=3)
+    growth = start_growth(rules, random.Random(0), PruneRules(max_staleness=1))
+    (first,) = growth.start()
+    for step in (3, 5):
+        add(growth, first, step=step, stop=StopReason.EOS)
+    assert growth.cut_off() == 1
+    assert stale_leaves(growth, 1) == []
 
 
 def add(growth, extension, *, step, stop=None):

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from treepo_async.config.schema import TreeConfig
 from treepo_async.scoring.boxed import boxed_end
 from treepo_async.tree.stopping import StopRules, find_stop, is_repetitive
 from treepo_async.types import StopReason
@@ -29,12 +30,11 @@ def rules(**changes):
     return StopRules(**settings)
 
 
-def stop_of(rules, token_ids, *, context=(), start=None, segment_tokens=8):
-    start = len(context) if start is None else start
-    return find_stop(rules, context, token_ids, start=start, segment_tokens=segment_tokens)
+def stop_of(rules, token_ids, *, context=(), segment_tokens=8):
+    return find_stop(rules, context, token_ids, segment_tokens=segment_tokens)
 
 
-def first_stop_token_by_token(rules, context, token_ids, start, segment_tokens):
+def first_stop_token_by_token(rules, context, token_ids, segment_tokens):
     """What `find_stop` promises, one token after the other."""
     for kept in range(1, len(token_ids) + 1):
         if token_ids[kept - 1] in rules.eos_token_ids:
@@ -42,11 +42,13 @@ def first_stop_token_by_token(rules, context, token_ids, start, segment_tokens):
         text = rules.decode([*context, *token_ids[:kept]])
         if rules.boxed_end is not None and rules.boxed_end(text) is not None:
             eos_follows = kept < len(token_ids) and token_ids[kept] in rules.eos_token_ids
-            if eos_follows and (start + kept) % segment_tokens:
+            if eos_follows and (len(context) + kept) % segment_tokens:
                 return kept + 1, StopReason.EOS
             return kept, StopReason.BOXED
-        level_begin = max(0, (start + kept - 1) // segment_tokens * segment_tokens - start)
-        text = rules.decode(token_ids[level_begin:kept])
+        path, span = [*context, *token_ids[:kept]], rules.repetition_window * rules.repetition_count
+        # of this block of tokens and of the one before
+        blocks_before = 0 if span == 0 else max(0, (len(path) - 1) // span - 1)
+        text = rules.decode(path[blocks_before * span :])
         windows = [
             text[i : i + rules.repetition_window]
             for i in range(len(text) - rules.repetition_window + 1)
@@ -78,10 +80,9 @@ def test_the_stop_is_the_one_a_scan_token_by_token_finds(
         repetition_window=window,
         repetition_count=repetition_count,
     )
-    start = len(context)
-    assert find_stop(
-        stops, context, token_ids, start=start, segment_tokens=segment_tokens
-    ) == first_stop_token_by_token(stops, context, token_ids, start, segment_tokens)
+    assert stop_of(
+        stops, token_ids, context=context, segment_tokens=segment_tokens
+    ) == first_stop_token_by_token(stops, context, token_ids, segment_tokens)
 
 
 def test_the_toy_vocabulary_reaches_every_stop():
@@ -153,12 +154,80 @@ def test_a_box_that_completes_with_a_repetition_is_an_answer_with_its_eos():
     assert stop_of(stops, [*box_and_repetition, EOS]) == (4, StopReason.EOS)
 
 
-def test_repetition_is_counted_within_a_segment():
-    stops = rules(repetition_window=1, repetition_count=4)
-    assert stop_of(stops, [A] * 8, segment_tokens=4) == (4, StopReason.REPETITION)
-    assert stop_of(stops, [A] * 8, segment_tokens=3) is None
-    assert stop_of(stops, [A] * 8, segment_tokens=4, start=2) == (6, StopReason.REPETITION)
-    assert stop_of(stops, [SEVEN, A, A, A, A], segment_tokens=4) is None
+def in_pieces(rules, token_ids, ends, segment_tokens):
+    """The stop of a response that comes in several runs, counted from its first token."""
+    begins = [0, *ends]
+    for begin, end in zip(begins, [*ends, len(token_ids)], strict=True):
+        stop = stop_of(
+            rules, token_ids[begin:end], context=token_ids[:begin], segment_tokens=segment_tokens
+        )
+        if stop is not None:
+            return begin + stop[0], stop[1]
+    return None
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    token_ids=st.lists(st.integers(0, 3), min_size=2, max_size=60),
+    cuts=st.sets(st.integers(1, 59), max_size=8),
+    window=st.integers(1, 4),
+    repetition_count=st.integers(2, 5),
+    segment_tokens=st.integers(1, 50),
+)
+def test_repetition_ends_a_path_at_the_same_token_wherever_its_runs_end(
+    token_ids, cuts, window, repetition_count, segment_tokens
+):
+    stops = rules(repetition_window=window, repetition_count=repetition_count)
+    ends = sorted(cut for cut in cuts if cut < len(token_ids))
+    assert in_pieces(stops, token_ids, ends, segment_tokens) == stop_of(stops, token_ids)
+
+
+@pytest.mark.parametrize("begin", [0, 1, 100, 255, 256, 300, 777])
+def test_the_default_rule_fires_at_one_character_a_token_in_segments_of_ten(begin):
+    """Thirty-two characters, eight times, wherever they begin."""
+    text = [chr(256 + i) for i in range(begin)] + [chr(0x4E00 + i % 32) for i in range(400)]
+    token_ids = [ord(c) for c in text]
+    stops = rules(
+        eos_token_ids=frozenset(),
+        decode=lambda tokens: "".join(map(chr, tokens)),
+        boxed_end=None,
+        repetition_window=TreeConfig().repetition_window,
+        repetition_count=TreeConfig().repetition_count,
+    )
+    ends = range(10, len(token_ids), 10)
+    # the eighth window is whole
+    expected = (begin + 8 * 32, StopReason.REPETITION)
+    assert in_pieces(stops, token_ids, ends, segment_tokens=10) == expected
+    assert stop_of(stops, token_ids) == expected
+
+
+def test_repetition_is_counted_over_the_last_tokens_only():
+    """One character four times in at most eight tokens: not where it is every third, twice as dense it is."""
+    stops = rules(
+        eos_token_ids=frozenset(),
+        decode=lambda tokens: "".join(map(chr, tokens)),
+        repetition_window=1,
+        repetition_count=4,
+    )
+    rare = [ord("a") if i % 3 == 0 else 256 + i for i in range(60)]
+    assert stop_of(stops, rare) is None
+    dense = [ord("a") if i % 2 == 0 else 256 + i for i in range(60)]
+    assert stop_of(stops, dense) == (7, StopReason.REPETITION)
+
+
+def test_the_bytes_of_a_character_that_is_not_whole_are_no_repetition():
+    def decode(tokens):
+        return bytes(tokens).decode(errors="replace")
+
+    stops = rules(
+        eos_token_ids=frozenset(),
+        decode=decode,
+        boxed_end=None,
+        repetition_window=1,
+        repetition_count=2,
+    )
+    token_ids = list("ab\N{GRINNING FACE}c".encode())
+    assert in_pieces(stops, token_ids, range(1, len(token_ids)), 8) is None
 
 
 def test_repetition_is_off_by_default():

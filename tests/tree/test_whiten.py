@@ -1,4 +1,6 @@
 from dataclasses import replace
+from functools import partial
+from operator import attrgetter
 
 import numpy as np
 import pytest
@@ -6,13 +8,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.oracle import random_tree, with_pruning
-from tests.tree.vectors import BATCHES, TREES, vector
-from treepo_async.config.schema import ESTIMATORS
+from tests.tree.vectors import BATCHES, TREES, recut, vector
+from treepo_async.config.schema import ESTIMATORS, PATH_WEIGHTS
 from treepo_async.tree.advantage import OF_SEGMENTS, advantages, batch_advantages, whiten
 from treepo_async.tree.levels import level_tokens, num_levels
 from treepo_async.tree.path_weights import leaf_weights
 
 seeds = st.integers(0, 10_000)
+are_equal = partial(np.array_equal, equal_nan=True)
 
 
 def token_by_token(tree, advantages):
@@ -34,7 +37,7 @@ def trees_of(seed, num_trees=2):
 @pytest.mark.parametrize("name", TREES)
 def test_whitening_agrees_with_the_reference_vectors(name, estimator):
     (found,) = batch_advantages([vector(name)], estimator, whitened=True)
-    np.testing.assert_allclose(found, TREES[name]["expected"][f"{estimator}_whitened"], atol=2e-6)
+    np.testing.assert_allclose(found, TREES[name]["expected"][f"{estimator}_whitened"], atol=1e-6)
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -42,7 +45,7 @@ def test_whitening_of_two_prompts_agrees_with_the_reference_vectors(name):
     trees = [vector(tree) for tree in BATCHES[name]["trees"]]
     found = batch_advantages(trees, "treepo", whitened=True)
     for values, expected in zip(found, BATCHES[name]["expected"]["treepo_whitened"], strict=True):
-        np.testing.assert_allclose(values, expected, atol=2e-6)
+        np.testing.assert_allclose(values, expected, atol=1e-6)
     alone = batch_advantages(trees[:1], "treepo", whitened=True)
     assert not np.allclose(found[0], alone[0])
 
@@ -59,6 +62,38 @@ def test_whitening_by_multiplicity_is_whitening_of_replicated_tokens(estimator, 
     for found, values in zip(batch_advantages(trees, estimator, whitened=True), raw, strict=True):
         expected = (values - tokens.mean()) / np.sqrt(tokens.var(ddof=1) + 1e-8)
         np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@settings(deadline=None, max_examples=15)
+@given(seed=seeds, path_weights=st.sampled_from(PATH_WEIGHTS))
+def test_cutting_segments_anywhere_leaves_every_whitened_advantage_unchanged(
+    estimator, seed, path_weights
+):
+    rng = np.random.default_rng(seed)
+    trees = [with_pruning(tree, rng) for tree in trees_of(seed)]
+    finer = [recut(tree, rng) for tree in trees]
+    assume(any(len(f.segments) > len(t.segments) for f, t in zip(finer, trees, strict=True)))
+    options = {"whitened": True, "path_weights": path_weights}
+    found, expected = (batch_advantages(each, estimator, **options) for each in (finer, trees))
+    assert all(map(are_equal, found, expected))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "tokens"),
+    [("grpo", attrgetter("num_tokens_L")), ("spo", level_tokens)],
+    ids=["trajectories", "levels"],
+)
+@settings(deadline=None, max_examples=25)
+@given(seed=seeds)
+def test_whitening_counts_the_same_tokens_wherever_segments_are_cut(estimator, tokens, seed):
+    trees = trees_of(seed)
+    finer = [recut(tree, np.random.default_rng(seed)) for tree in trees]
+    found, expected = (
+        whiten([advantages(tree, estimator) for tree in each], [tokens(tree) for tree in each])
+        for each in (finer, trees)
+    )
+    assert all(map(are_equal, found, expected))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

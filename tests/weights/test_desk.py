@@ -70,15 +70,32 @@ def test_after_a_learner_went_back_engines_keep_what_is_newer_until_it_is_reache
 
 def test_copies_stay_of_what_is_to_be_evaluated_and_of_what_is_under_way():
     desk = staffed(1, 2, 3, marked=[1, 2])
-    assert desk.kept() == [version(2)]
+    assert desk.withdraw_old() == [version(2), version(3)]
     desk.take("engine-0", version(3), server="x", tp=1)
-    assert desk.kept() == [version(2), version(3)]
     desk.offer(parcel(version(4)))
-    desk.taken("engine-0", ok=True)
+    assert desk.withdraw_old() == [version(2), version(3), version(4)]
     desk.offer(parcel(version(5)))
-    assert desk.kept() == [version(2)]
+    desk.taken("engine-0", ok=True)
+    assert desk.withdraw_old() == [version(2), version(5)]
     with pytest.raises(WeightsError, match=r"version 0\.3 is not offered any more"):
         desk.take("engine-0", version(3), server="x", tp=1)
+
+
+def test_whatever_can_be_taken_while_a_version_is_published_has_a_copy_that_stays():
+    """As a host does that was offered the first version, and closes its gate while the second and the third one come."""
+    desk, steps = staffed(1), range(1, 4)
+    for step in steps[1:]:
+        copies = desk.withdraw_old()
+        assert version(step - 1) in copies, "there is always one to take"
+        for each in steps:
+            try:
+                desk.take("engine-0", version(each), server="x", tp=1)
+            except WeightsError:
+                assert version(each) not in copies
+            else:
+                assert version(each) in copies
+                desk.taken("engine-0", ok=True)
+        desk.offer(parcel(version(step)))
 
 
 def test_every_stage_is_told_to_send_to_all_ranks_of_the_engine_by_a_group_of_its_own():

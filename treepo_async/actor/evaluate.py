@@ -125,7 +125,7 @@ class Evaluator:
             raise EngineError(f"policy {version} was replaced while it was evaluated")
         stops, tokens = self._settings.stops, run.token_ids.tolist()
         segment_tokens = self._settings.growth.segment_tokens
-        stop = find_stop(stops, [], tokens, start=0, segment_tokens=segment_tokens)
+        stop = find_stop(stops, [], tokens, segment_tokens=segment_tokens)
         kept = len(tokens) if stop is None else stop[0]
         response = stops.decode(tokens[:kept])
         (accuracy,) = await self._scorer.score([response], problem.answer)

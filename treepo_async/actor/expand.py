@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from treepo_async import chaos
@@ -34,7 +35,7 @@ class Engine(Protocol):
 
     async def warm(
         self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
-    ) -> str:
+    ) -> Place:
         """See `EngineClient.warm`."""
 
     async def extend(  # noqa: PLR0913 - see `EngineClient.extend`
@@ -192,14 +193,15 @@ class Expansion:
             self.settings.stops,
             _response(self.growth.tree, extension.parent),
             run.token_ids.tolist(),
-            start=extension.start,
             segment_tokens=self.settings.growth.segment_tokens,
         )
         kept, reason = (len(run), None) if stop is None else stop
         if reason is None and len(run) < extension.max_new_tokens:
-            raise EngineError(
-                f"the engine returned {len(run)} of {extension.max_new_tokens} tokens without a stop"
-            )
+            if not self.growth.tree.is_stale(extension.parent, run.spans):
+                raise EngineError(
+                    f"the engine returned {len(run)} of {extension.max_new_tokens} tokens without a stop"
+                )
+            reason = StopReason.PRUNED
         self.cost.add(completion, kept)
         first = len(self.growth.tree.segments)
         following = self.growth.add(extension, run.head(kept), reason, entropy=completion.entropy)
@@ -217,20 +219,24 @@ class Expansion:
         return replace(sampling, num_top_logprobs=0) if is_last else sampling
 
     def _watch(self, extension: Extension) -> Watch | None:
-        """Looks for a stop in what long requests have sampled."""
+        """Looks for a stop in what long requests have sampled, and at how old it is beside the rest of the tree."""
         settings, segment_tokens = self.settings, self.settings.growth.segment_tokens
+        tree, stops = self.growth.tree, settings.stops
         every_tokens = max(settings.stream_tokens, segment_tokens)
         if settings.stream_tokens == 0 or extension.max_new_tokens <= every_tokens:
             return None
-        if settings.stops.boxed_end is None and settings.stops.repetition_count == 0:
+        ages = settings.prune.max_staleness is not None
+        if stops.boxed_end is None and stops.repetition_count == 0 and not ages:
             # what ends a path then is the engine's own business
             return None
-        before = _response(self.growth.tree, extension.parent)
+        before = _response(tree, extension.parent)
 
         def begin() -> Callable[[Sequence[int]], bool]:
-            return _Look(settings.stops, before, segment_tokens).is_over
+            return _Look(stops, before, segment_tokens).is_over
 
-        return Watch(every_tokens, begin)
+        return Watch(
+            every_tokens, begin, partial(tree.is_stale, extension.parent) if ages else None
+        )
 
 
 @dataclass
@@ -246,14 +252,12 @@ class _Look:
     def is_over(self, token_ids: Sequence[int]) -> bool:
         """Whether the tokens so far hold a stop that no further token would change."""
         tokens, start = list(token_ids), len(self.before)
-        # from the segment on in which the last look ended: repetition is counted within one
-        begin = max(0, self._num_seen - (start + self._num_seen) % self.segment_tokens)
-        self._num_seen = len(tokens)
+        # the last look has seen all that ends before
+        begin, self._num_seen = self._num_seen, len(tokens)
         stop = find_stop(
             self.stops,
             [*self.before, *tokens[:begin]],
             tokens[begin:],
-            start=start + begin,
             segment_tokens=self.segment_tokens,
         )
         if stop is None:

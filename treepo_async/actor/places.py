@@ -27,9 +27,9 @@ class Places:
     """Prefix tokens that the parent's engine computed again since it had got other weights."""
     _by_segment: dict[int, Place] = field(default_factory=dict)
 
-    def begin(self, engine: str) -> None:
+    def begin(self, place: Place) -> None:
         """The tree begins on an engine."""
-        self._by_segment[ROOT] = Place(engine)
+        self._by_segment[ROOT] = place
 
     def of(self, segment: int) -> Place | None:
         """Where a path up to a segment, or `ROOT`, is; None before anything is known.

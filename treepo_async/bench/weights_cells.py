@@ -13,7 +13,7 @@ DEFAULTS = {
     "hidden": "512",
     "rounds": "7",
     "stages": "1,2",
-    "bucket": str(64 * 2**20),
+    "bucket": str(24 * 2**20),
     "folder": "/dev/shm",
     "out": "runs/bench-weights",
 }

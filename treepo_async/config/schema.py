@@ -176,7 +176,9 @@ class TreeConfig:
     stop_boxed: bool = knob(True, "a complete \\boxed{...} ends a path")
     repetition_window: int = knob(32, "a text window of this many characters ...", at_least=1)
     repetition_count: int = knob(
-        8, "... seen this often in a segment ends the path; 0: never", at_least=0
+        8,
+        "... seen this often ends the path, counted over its last one to two times window x count tokens; 0: never",
+        at_least=0,
     )
     max_response_tokens: int | None = knob(
         None, "response limit; default: segment_tokens * max_depth", at_least=1
@@ -208,7 +210,9 @@ class PruneConfig:
         "estimator, by the inverse of their probability to go on",
         above=0,
     )
-    stale: bool = knob(False, "prune paths too old for any batch, see replay.max_staleness")
+    stale: bool = knob(
+        False, "prune paths too old for any batch, whole ones too, see replay.max_staleness"
+    )
     refill: bool = knob(
         True, "a pruned path's place is refilled by a fallback; false: the tree has fewer leaves"
     )
@@ -276,7 +280,7 @@ class EngineConfig:
     request_timeout_s: float = knob(120.0, "one generate request", above=0)
     stream_tokens: int = knob(
         256,
-        "requests for more tokens are watched segment by segment and ended at their stop (box, repetition); "
+        "requests for more tokens are watched segment by segment and ended at their stop (box, repetition, prune.stale); "
         "0: none is, what is behind a stop is cut all the same",
         at_least=0,
     )
@@ -549,7 +553,11 @@ class WeightsConfig:
         None,
         "folder of the publications, e.g. in /dev/shm on one machine; default: weights in run_dir",
     )
-    bucket_bytes: int = knob(256 * 2**20, "tensors sent together by a broadcast", at_least=2**16)
+    bucket_bytes: int | None = knob(
+        None,
+        "tensors sent together by a broadcast; default: 256 MiB with CUDA, else 24 MiB",
+        at_least=2**16,
+    )
     timeout_s: float = knob(120.0, "one engine's part in a broadcast", above=0)
 
 

@@ -1,8 +1,8 @@
 """A server that somebody else runs, as the engine of a training run: a `Server` whose process is not ours.
 
 To start is to find it, to check that it fits, and to load weights into it; to stop is to leave it as it may be used by the
-next one: not paused. It is dead while nothing listens at its address, or nothing answers for `GONE_S`. Whoever runs it
-brings it back; it is then given the weights that it had. Who adopts a server has it for itself: what runs in it at a start
+next one: not paused. It is dead once nothing has listened at its address for `REFUSED_S`, or nothing has answered for `GONE_S`: what
+answers there after that may be another process, with other weights. Whoever runs it brings it back; it is then given the weights that it had. Who adopts a server has it for itself: what runs in it at a start
 is ended.
 
 Waits: for the server to be there (`timeout_s` of `start`), for each answer.
@@ -10,6 +10,7 @@ Waits: for the server to be there (`timeout_s` of `start`), for each answer.
 
 import asyncio
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import Mapping
@@ -27,6 +28,8 @@ from treepo_async.errors import ConfigError, EngineError
 LOOK_S = 0.5
 CALL_TIMEOUT_S = 10.0
 LEAVE_S = 3.0
+REFUSED_S = 2.0
+"""Longer than a server that works is out of connections, shorter than one takes to start."""
 GONE_S = 10.0
 """Longer than any pause between two answers of a server that works."""
 
@@ -59,6 +62,8 @@ class AdoptedServer(Server):
         self.url, self._needs = url, needs
         self._is_there = False
         self._answered_at = 0.0
+        self._refused_at = math.inf
+        """When it first refused a connection since it last answered."""
 
     @override
     async def start(self, model_dir: Path, weight_version: str, *, timeout_s: float) -> float:
@@ -82,7 +87,7 @@ class AdoptedServer(Server):
         await self.post("/abort_request", {"rid": "", "abort_all": True}, timeout_s=CALL_TIMEOUT_S)
         await self.flush_cache(timeout_s=CALL_TIMEOUT_S)
         await self.load_weights(model_dir, weight_version, timeout_s=timeout_s)
-        self._is_there, self._answered_at = True, time.monotonic()
+        self._is_there, self._answered_at, self._refused_at = True, time.monotonic(), math.inf
         return time.monotonic() - begin
 
     @override
@@ -108,12 +113,19 @@ class AdoptedServer(Server):
         try:
             loads = await super().loads()
         except EngineError as error:
-            is_refused = isinstance(error.__cause__, aiohttp.ClientConnectorError)
-            if is_refused or time.monotonic() - self._answered_at > GONE_S:
-                self._is_there = False
+            self._not_answered(error)
             raise
-        self._answered_at = time.monotonic()
+        self._answered_at, self._refused_at = time.monotonic(), math.inf
         return loads
+
+    def _not_answered(self, error: EngineError) -> None:
+        now = time.monotonic()
+        is_refused = isinstance(error.__cause__, aiohttp.ClientConnectorError)
+        if is_refused:
+            self._refused_at = min(self._refused_at, now)
+        is_gone = is_refused and now - self._refused_at > REFUSED_S
+        if is_gone or now - self._answered_at > GONE_S:
+            self._is_there = False
 
     async def _answers(self) -> bool:
         """Whether something is there, ready or not."""

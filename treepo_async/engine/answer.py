@@ -15,7 +15,7 @@ import numpy as np
 from treepo_async.engine.routing import Move
 from treepo_async.engine.update_mode import UpdateMode, version_spans
 from treepo_async.errors import EngineError
-from treepo_async.tree.cut import Run
+from treepo_async.tree.cut import Run, VersionSpan
 from treepo_async.types import PolicyVersion
 
 
@@ -51,10 +51,15 @@ class Watch(NamedTuple):
     """Between two looks, the first of which is at the first token."""
     begin: Callable[[], Callable[[Sequence[int]], bool]]
     """Gives, for each request anew, what says whether its tokens so far need no continuation."""
+    is_outdated: Callable[[Sequence[VersionSpan]], bool] | None = None
+    """Whether tokens of these versions, those of a request so far, are too old to go on; None: they never are."""
 
 
 async def read_stream(
-    chunks: AsyncIterator[bytes], watch: Watch, abort: Callable[[], Awaitable[None]]
+    chunks: AsyncIterator[bytes],
+    watch: Watch,
+    abort: Callable[[], Awaitable[None]],
+    spans: Callable[[Mapping[str, Any]], Sequence[VersionSpan]],
 ) -> tuple[dict[str, Any], bool]:
     """The last answer of a stream of server-sent events, each of which holds all tokens so far.
 
@@ -62,15 +67,23 @@ async def read_stream(
         chunks: bytes as they come.
         watch: looks at the newest answer.
         abort: ends the request once the watch says so; the stream is read to its end all the same.
+        spans: the versions of an answer's tokens.
 
     Returns:
         The answer, and whether the request was aborted here.
 
     Raises:
-        EngineError: the stream ended without its end mark.
+        EngineError: the stream ended without its end mark, or of `spans`.
         ValueError: an event is no JSON.
     """
     buffer, newest, is_over, needs_no_more = b"", b"{}", False, watch.begin()
+
+    def is_enough(answer: Mapping[str, Any]) -> bool:
+        if needs_no_more(answer["output_ids"]):
+            return True
+        # one that is ended before its first token would be no run
+        return bool(answer["output_ids"] and watch.is_outdated and watch.is_outdated(spans(answer)))
+
     async for chunk in chunks:
         *events, buffer = (buffer + chunk).split(b"\n\n")
         payloads = [event.removeprefix(b"data: ") for event in events]
@@ -78,7 +91,7 @@ async def read_stream(
             return json.loads(payloads[-2] if len(payloads) > 1 else newest), is_over
         if payloads:
             newest = payloads[-1]
-            if not is_over and needs_no_more(json.loads(newest)["output_ids"]):
+            if not is_over and is_enough(json.loads(newest)):
                 is_over = True
                 await abort()
     raise EngineError("the stream ended early")
@@ -122,7 +135,7 @@ def completion_of(
         run=Run(
             np.array(answer["output_ids"], dtype=np.int32),
             logprobs,
-            version_spans(meta.get("weight_versions", []), version, mode),
+            spans_of(answer, version, mode),
         ),
         prefix_tokens=meta["prompt_tokens"],
         cached_tokens=meta["cached_tokens"],
@@ -130,6 +143,13 @@ def completion_of(
         entropy=entropy_of([row[0] for row in top[-1]]) if top else None,
         submitted=version,
     )
+
+
+def spans_of(
+    answer: Mapping[str, Any], version: PolicyVersion, mode: UpdateMode | None
+) -> tuple[VersionSpan, ...]:
+    """The versions of an answer's tokens, see `version_spans`."""
+    return version_spans(answer["meta_info"].get("weight_versions", []), version, mode)
 
 
 def entropy_of(top_logprobs: Sequence[float]) -> float:

@@ -27,12 +27,13 @@ from treepo_async.engine.answer import (
     Watch,
     completion_of,
     read_stream,
+    spans_of,
 )
 from treepo_async.engine.gate import EngineGate
 from treepo_async.engine.routing import Place
 from treepo_async.engine.turns import Turns
 from treepo_async.engine.update_mode import UpdateMode
-from treepo_async.errors import DeadlineError, EngineError
+from treepo_async.errors import ClosedError, DeadlineError, EngineError
 from treepo_async.tree.cut import Run
 from treepo_async.types import PolicyVersion
 
@@ -242,10 +243,10 @@ class EngineClient:
 
     async def warm(
         self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
-    ) -> str:
+    ) -> Place:
         """Put a prefix that several runs will continue into the cache, if it is long enough to be worth a request.
 
-        Gives the name of the engine, which is empty for a single one.
+        Gives the place, which has no name for a single engine.
 
         Raises:
             EngineError, DeadlineError: as `extend`.
@@ -254,7 +255,7 @@ class EngineClient:
         self.check(ask)
         if len(prefix) >= WARM_TOKENS:
             await attempts(self._attempt, ask)
-        return ""
+        return Place("")
 
     def has_lost(self, home: Place | None) -> bool:
         """Whether a prefix that was computed under the version of `home` is of no use any more, or soon will not be."""
@@ -289,12 +290,13 @@ class EngineClient:
         Raises:
             ClosedError: the gate did not open, so nothing was sent.
             aiohttp.ClientError: the connection was lost.
-            EngineError, TimeoutError: there was no good answer.
+            EngineError, TimeoutError: there was no good answer; in particular none of proven weights, with patience.
+            DeadlineError: none of proven weights, without.
         """
         turn = self._turns.alone if alone else self._turns.shared
         async with turn(), self._gate.passage(ask.least_step, patience_s=patience_s) as version:
             completion = await self._request(ask.body(), version, ask.watch)
-            await self._check_proven(completion.run, version)
+            await self._check_proven(completion.run, version, patience_s)
             return completion
 
     def doubt(self) -> None:
@@ -308,9 +310,22 @@ class EngineClient:
             self.doubt()
             raise
 
-    async def _check_proven(self, run: Run, submitted: PolicyVersion) -> None:
+    async def _check_proven(
+        self, run: Run, submitted: PolicyVersion, patience_s: float | None
+    ) -> None:
         newest = max((span.policy_version for span in run.spans), default=submitted)
-        if newest > submitted and not await self._gate.stands_by(newest):
+        if newest <= submitted:
+            return
+        try:
+            is_proven = await self._gate.stands_by(newest, patience_s=patience_s)
+        except ClosedError as error:
+            if patience_s is None:
+                raise
+            # not a closed gate: the request was sent, and another engine must make it again
+            raise EngineError(
+                f"sampled under {newest}, which its host did not prove: {error}"
+            ) from error
+        if not is_proven:
             raise EngineError(f"sampled under {newest}, which its host gave up")
 
     async def _request(
@@ -331,7 +346,9 @@ class EngineClient:
                     said = json.loads(await answer.read())
                 else:
                     abort = partial(self._abort, request_id)
-                    said, was_aborted = await read_stream(answer.content.iter_any(), watch, abort)
+                    spans = partial(spans_of, version=version, mode=self._update_mode)
+                    chunks = answer.content.iter_any()
+                    said, was_aborted = await read_stream(chunks, watch, abort, spans)
             wall_s = clock() - begin
             return completion_of(
                 said,

@@ -46,7 +46,7 @@ class FixedGate:
         is_open = self._open.is_set()
         return GateStatus(is_open, not is_open, VERSION, 0.0, None, 0)
 
-    async def stands_by(self, version: PolicyVersion) -> bool:
+    async def stands_by(self, version: PolicyVersion, *, patience_s: float | None = None) -> bool:
         """See `EngineGate`."""
         return version == VERSION
 

@@ -59,8 +59,8 @@ class EngineGate(Protocol):
     def status(self) -> GateStatus:
         """How it stands."""
 
-    async def stands_by(self, version: PolicyVersion) -> bool:
-        """Whether the version is proven."""
+    async def stands_by(self, version: PolicyVersion, *, patience_s: float | None = None) -> bool:
+        """Whether the version is proven; see `GateClient.stands_by`."""
 
     def doubt(self) -> None:
         """Let no request pass until the server is known to be there."""
@@ -149,13 +149,17 @@ class GateClient:
             self._num_in_flight -= 1
             self._report_if_drained()
 
-    async def stands_by(self, version: PolicyVersion) -> bool:
+    async def stands_by(self, version: PolicyVersion, *, patience_s: float | None = None) -> bool:
         """Whether the host has opened the gate under a version or a later one: it does so once they are proven.
 
+        Args:
+            version: that an answer names.
+            patience_s: as of `passage`.
+
         Raises:
-            DeadlineError: the gate did not open in time.
+            ClosedError: the gate did not open in time.
         """
-        await self._wait_open(0)
+        await self._wait_open(0, patience_s)
         return self._version() >= version
 
     def doubt(self) -> None:

@@ -220,7 +220,7 @@ class Host:
             await self._let_be(version, error)
             return
         except EngineError as error:
-            await self._undo(version, error)
+            await self._undo(version, f"applying {version} failed: {error}")
             return
         self.applied, self._num_restarts, self._proof = version, 0, manifest.probe
         self._is_behind = self._was_held = False
@@ -242,19 +242,25 @@ class Host:
     async def _let_be(self, version: PolicyVersion, cause: WeightsError) -> None:
         """Go on with the weights that are there: the new ones were not begun with."""
         emit("alarm", alarm="an update was not begun", version=str(version), detail=str(cause))
-        await self.publications.loaded(version, str(cause))
         try:
             if self.rules.update_mode is not UpdateMode.DRAIN:
                 await self.server.resume(timeout_s=self.rules.update_timeout_s)
         except EngineError as error:
-            await self._restart(f"going on without {version} failed: {error}")
+            await self._undo(version, f"going on without {version} failed: {error}")
             return
         if not self._is_behind:
             await self._open(evaluate=False)
-
-    async def _undo(self, version: PolicyVersion, cause: EngineError) -> None:
+        # a learner that is gone lets this wait, and nobody else
         await self.publications.loaded(version, str(cause))
-        await self._restart(f"applying {version} failed: {cause}")
+
+    async def _undo(self, version: PolicyVersion, cause: str) -> None:
+        """Start the server again, and meanwhile tell the learner why."""
+        telling = asyncio.create_task(self.publications.loaded(version, cause), name="telling")
+        try:
+            await self._restart(cause)
+            await telling
+        finally:
+            telling.cancel()
 
     async def _make_way(self, version: PolicyVersion) -> None:
         """Leave no request running: ended (`DRAIN`) or paused."""

@@ -182,8 +182,8 @@ class EnginePool:
 
     async def warm(
         self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
-    ) -> str:
-        """Choose where a tree begins, and put its prompt there. Gives the engine's name.
+    ) -> Place:
+        """Choose where a tree begins, and put its prompt there. Gives the place, which counts as work until the tree asks for it.
 
         Raises:
             EngineError, DeadlineError: as `extend`.
@@ -192,11 +192,15 @@ class EnginePool:
         self.members[0].client.check(ask)
         choice = await self._choose(None, ask, 1)
         member = self.members[choice.engine]
-        member.meter.begin(time.monotonic())
+        reservation = member.meter.begin(time.monotonic())
         trip = _Trip(None, choice, member, 0, 0)
         if len(prefix) >= WARM_TOKENS:
             await self._complete(trip, ask)
-        return self.members[trip.choice.engine].name
+        if trip.choice.engine != choice.engine:
+            member.meter.asked(reservation)
+            member = self.members[trip.choice.engine]
+            reservation = member.meter.begin(time.monotonic())
+        return Place(member.name, reservation=reservation)
 
     async def extend(  # noqa: PLR0913 - see `EngineClient.extend`
         self,
@@ -221,8 +225,8 @@ class EnginePool:
         ask = Ask(prefix, max_new_tokens, sampling, least_step, watch)
         self.members[0].client.check(ask)
         at = None if home is None else self._index.get(home.engine)
-        if at is not None and home is not None and home.version is None:
-            self.members[at].meter.asked()
+        if at is not None and home is not None and home.reservation is not None:
+            self.members[at].meter.asked(home.reservation)
         trip = self._book(at, await self._choose(at, ask, num_runs), ask, num_runs)
         stays = trip.choice.move is Move.HOME and not trip.booked.client.has_lost(home)
 

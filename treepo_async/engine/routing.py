@@ -35,6 +35,8 @@ class Place(NamedTuple):
     """Its name."""
     version: PolicyVersion | None = None
     """Under which they were computed; None: not known."""
+    reservation: int | None = None
+    """Of the tree that begins there, until its first request comes; None: of no tree."""
 
 
 class Move(StrEnum):
@@ -151,26 +153,30 @@ class Meter:
     """These requests."""
     num_others: int = 0
     """Requests of others in flight, as the host told."""
-    begun: list[float] = field(default_factory=list)
-    """When trees began there that have not asked yet; each counts as a request."""
+    begun: dict[int, float] = field(default_factory=dict)
+    """When trees began there that have not asked yet, by their reservations; each counts as a request."""
+    _num_begun: int = 0
     _mean: float = 0.0
     _seen_at: float = 0.0
 
-    def begin(self, now: float) -> None:
-        """A tree begins there, and will ask."""
-        self.begun.append(now)
+    def begin(self, now: float) -> int:
+        """A tree begins there, and will ask. Gives its reservation."""
+        self._num_begun += 1
+        self.begun[self._num_begun] = now
+        return self._num_begun
 
-    def asked(self) -> None:
-        """It asks."""
-        if self.begun:
-            self.begun.pop(0)
+    def asked(self, reservation: int) -> None:
+        """It asks, for the first time or again."""
+        self.begun.pop(reservation, None)
 
     def add(self, tokens: float, now: float) -> None:
         """A request goes there."""
         self.step(now)
         self.own += tokens
         self.num_own += 1
-        self.scale.see(tokens)
+        if tokens:
+            # one that only computes a prefix says nothing of how much others decode
+            self.scale.see(tokens)
 
     def remove(self, tokens: float, now: float) -> None:
         """It is back."""
@@ -193,7 +199,7 @@ class Meter:
         """What is known at `now`."""
         self.step(now)
         # one that ended before it asked is forgotten
-        self.begun = [begun for begun in self.begun if now - begun < BEGIN_S]
+        self.begun = {r: begun for r, begun in self.begun.items() if now - begun < BEGIN_S}
         coming = len(self.begun) * self.scale.tokens
         return Reading(is_out, is_open, self._flowing + coming, self._mean + coming, self.own)
 

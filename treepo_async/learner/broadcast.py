@@ -17,6 +17,9 @@ from treepo_async.learner.mcore import parallel_state
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.parcel import StagePart
 
+CUDA_BUCKET_BYTES, CPU_BUCKET_BYTES = 256 * 2**20, 24 * 2**20
+"""Few calls a version; on CPU in blocks that glibc uses again once they are freed, which it does up to 32 MiB."""
+
 
 @dataclass
 class StageBroadcast:
@@ -28,16 +31,19 @@ class StageBroadcast:
     """None where this rank sends nothing."""
 
     @classmethod
-    def open(cls, connect: Connect, *, address: str, bucket_bytes: int, timeout_s: float) -> Self:
+    def open(
+        cls, connect: Connect, *, address: str, bucket_bytes: int | None, timeout_s: float
+    ) -> Self:
         """Begin to send where this rank is to; needs opened groups.
 
         Args:
             connect: to the desk.
             address: of this node, as engines reach it.
-            bucket_bytes: tensors that are sent together.
+            bucket_bytes: tensors that are sent together; None: as suits the device.
             timeout_s: of an engine's part.
         """
-        copies, sender = Copies(bucket_bytes), None
+        default = CUDA_BUCKET_BYTES if torch.cuda.is_available() else CPU_BUCKET_BYTES
+        copies, sender = Copies(bucket_bytes or default), None
         if is_stage_lead():
             stage = parallel_state.get_pipeline_model_parallel_rank()
             sender = Sender(stage, copies, Meeting(address), connect, timeout_s=timeout_s)
@@ -59,6 +65,9 @@ class StageBroadcast:
             tensors: of `hf.export_stage`.
             dtype: of the copy.
             keep: versions that stay.
+
+        Raises:
+            WeightsError: nobody could be sent it.
         """
         if not self.is_first_replica:
             return []
@@ -67,6 +76,7 @@ class StageBroadcast:
                 raise AssertionError("only the first rank of a stage is given tensors")
             words_to_first_stage(None)
             return []
+        self.sender.check()
         part = self.copies.add(version, tensors, dtype, keep=keep)
         return [StagePart.of_words(words) for words in words_to_first_stage(part.to_words())]
 

@@ -3,7 +3,8 @@
 Neighbours: `model.hf` gathers the tensors, `weights.parcel` describes them, `broadcast_sender` sends them.
 
 Invariant: the bytes of a bucket do not change while somebody uses its version. Buffers are used again: the first touch of a page costs
-more than the copy into it.
+more than the copy into it. There is room for two versions, as the newest can be had until the next is offered, and for those that the desk
+keeps besides.
 """
 
 import threading
@@ -18,7 +19,7 @@ from torch import Tensor
 from treepo_async.errors import WeightsError
 from treepo_async.learner.publish import DTYPE_NAMES
 from treepo_async.types import PolicyVersion
-from treepo_async.weights.manifest import TensorInfo, hash_bytes
+from treepo_async.weights.manifest import TensorInfo
 from treepo_async.weights.parcel import StagePart
 
 
@@ -85,9 +86,7 @@ class Copies:
             torch.cuda.current_stream().synchronize()
         with self._lock:
             self._versions[version] = _Version(buckets)
-        return StagePart(
-            sizes, _hashes(buckets, sizes, dtype), tuple(tuple(b.names) for b in buckets)
-        )
+        return StagePart(sizes, tuple(tuple(bucket.names) for bucket in buckets))
 
     @contextmanager
     def using(self, version: PolicyVersion) -> Iterator[list[FilledBucket]]:
@@ -138,16 +137,3 @@ class Copies:
             if self._free[size]:
                 return self._free[size].pop()
         return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-
-
-def _hashes(
-    buckets: Iterable[FilledBucket], sizes: dict[str, TensorInfo], dtype: torch.dtype
-) -> dict[str, str]:
-    hashes = {}
-    for bucket in buckets:
-        data, begin = memoryview(bucket.buffer.numpy()), 0
-        for name in bucket.names:
-            end = begin + torch.Size(sizes[name].shape).numel() * dtype.itemsize
-            hashes[name] = hash_bytes(data[begin:end])
-            begin = end
-    return hashes

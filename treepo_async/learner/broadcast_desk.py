@@ -54,7 +54,7 @@ class _Waiting:
 
 
 class DeskThread:
-    """See the module; `offer` and `kept` may be called from any thread."""
+    """See the module; `offer` and `withdraw_old` may be called from any thread."""
 
     def __init__(
         self, desk: Desk, endpoint: str, *, run_id: str, keys: ServerKeys | None = None
@@ -72,37 +72,56 @@ class DeskThread:
         """The last answer to a host that takes weights: asked once more, it is answered so once more."""
         self._failure: Exception | None = None
         self._is_closed, self._is_up = threading.Event(), threading.Event()
-        self._thread = threading.Thread(
-            target=lambda: asyncio.run(self._serve()), name="weights desk", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, name="weights desk", daemon=True)
         self._thread.start()
         self._is_up.wait(START_S)
         if self._failure is not None:
-            raise self._failure
+            raise WireError(
+                f"the weights desk cannot use {endpoint}: {self._failure}"
+            ) from self._failure
 
     def offer(self, parcel: Parcel) -> None:
-        """See `Desk.offer`."""
+        """See `Desk.offer`.
+
+        Raises:
+            WeightsError: nobody would hear of it, as the thread has ended.
+        """
+        self._check()
         with self._lock:
             self._desk.offer(parcel)
 
-    def kept(self) -> list[PolicyVersion]:
-        """See `Desk.kept`."""
+    def withdraw_old(self) -> list[PolicyVersion]:
+        """See `Desk.withdraw_old`.
+
+        Raises:
+            WeightsError: as `offer`.
+        """
+        self._check()
         with self._lock:
-            return self._desk.kept()
+            return self._desk.withdraw_old()
 
     def close(self) -> None:
         """Let go of the endpoint."""
         self._is_closed.set()
         self._thread.join()
 
-    async def _serve(self) -> None:
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise WeightsError(
+                f"the weights desk at {self._endpoint} has ended, no engine can ask for weights: {self._failure!r}"
+            ) from self._failure
+
+    def _run(self) -> None:
         try:
-            router = Router(self._endpoint, max_bytes=MAX_MESSAGE_BYTES, keys=self._keys)
-        except Exception as error:  # noqa: BLE001  raised again by whoever made this
+            asyncio.run(self._serve())
+        except Exception as error:  # noqa: BLE001  raised again by whoever made this, or uses it
             self._failure = error
-            return
         finally:
             self._is_up.set()
+
+    async def _serve(self) -> None:
+        router = Router(self._endpoint, max_bytes=MAX_MESSAGE_BYTES, keys=self._keys)
+        self._is_up.set()
         try:
             while not self._is_closed.is_set():
                 for peer, frames in await router.receive_some(limit=64, timeout_s=TICK_S):

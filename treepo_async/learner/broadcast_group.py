@@ -3,8 +3,8 @@
 SGLang joins it by its own `init_weights_update_group`, so the names under which both ends meet in the store are the ones that torch's
 `_new_process_group_helper` makes: it is called here as it is there.
 
-Waits: for the engine to join, and for each bucket to be taken (the engine ends both; `timeout_s`). With NCCL a collective that
-outlives its own deadline would end this whole process, so it is given twice the time and aborted here before.
+Waits: for the engine to join, and for it to take all buckets of a version (the engine ends both; `timeout_s` each). With NCCL a
+collective that outlives its own deadline would end this whole process, so it is given twice the time and aborted here before.
 """
 
 import time
@@ -48,12 +48,12 @@ class Group:
             meeting: where they meet.
             name: of the group, never used before.
             num_ranks: of the group, this one included.
-            timeout_s: for the engine to join, and for each bucket.
+            timeout_s: for the engine to join, and for it to take all buckets of a `send`.
 
         Raises:
             WeightsError: the engine did not join.
         """
-        self.name, self._timeout_s = name, timeout_s
+        self.name, self._timeout_s, self._is_closed = name, timeout_s, False
         self._with_cuda = torch.cuda.is_available()
         limit = timedelta(seconds=2 * timeout_s if self._with_cuda else timeout_s)
         try:
@@ -79,42 +79,51 @@ class Group:
         c10d._world.pg_group_ranks[self._group] = {i: i for i in range(num_ranks)}
 
     def send(self, buckets: Iterable[Tensor]) -> None:
-        """Broadcast buckets one after another.
+        """Broadcast buckets one after another, all within one deadline.
 
         Args:
             buckets: uint8 [B] each, in host memory.
 
         Raises:
-            WeightsError: the engine did not take one.
+            WeightsError: the engine did not take all in time, or the group is closed.
         """
         deadline = time.monotonic() + self._timeout_s
         for number, bucket in enumerate(buckets):
+            left_s = deadline - time.monotonic()
             try:
-                self._send_one(bucket, deadline)
-            except RuntimeError as error:
-                raise WeightsError(f"group {self.name}: bucket {number}: {error}") from error
+                if self._is_closed:
+                    raise WeightsError("the group is closed")
+                self._send_one(bucket, max(left_s, 0.001))
+            except (RuntimeError, ValueError) as error:
+                # torch calls a group that was closed meanwhile a ValueError
+                cause = str(error)
+                if time.monotonic() >= deadline:
+                    cause = f"the engine did not take all within {self._timeout_s:g} s (weights.timeout_s)"
+                raise WeightsError(f"group {self.name}: bucket {number}: {cause}") from error
 
     def close(self) -> None:
-        """Leave, whatever the engine does."""
+        """Leave, whatever the engine does, and whoever is sending."""
+        self._is_closed = True
         if self._with_cuda:
             # a communicator with a collective under way would wait for it
             c10d._abort_process_group(self._group)
         else:
             dist.destroy_process_group(self._group)
 
-    def _send_one(self, bucket: Tensor, deadline: float) -> None:
+    def _send_one(self, bucket: Tensor, limit_s: float) -> None:
         if not self._with_cuda:
-            dist.broadcast(bucket, 0, group=self._group)
+            options = dist.BroadcastOptions()
+            options.rootRank, options.timeout = 0, timedelta(seconds=limit_s)
+            self._group.broadcast([bucket], options).wait()
             return
+        deadline = time.monotonic() + limit_s
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             on_device = bucket.to(device(), non_blocking=True)
             work = dist.broadcast(on_device, 0, group=self._group, async_op=True)
         while not work.is_completed():
             if time.monotonic() > deadline:
-                raise WeightsError(
-                    f"group {self.name}: the engine took no bucket for {self._timeout_s:g} s (weights.timeout_s)"
-                )
+                raise WeightsError("it was not taken in time")
             time.sleep(POLL_S)
         # until here the device memory may not be given to anybody else
         stream.synchronize()

@@ -7,10 +7,11 @@ but the engine it sends to, whose host has a deadline of its own.
 import logging
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from treepo_async.errors import DeadlineError, TreepoError
+from treepo_async.errors import DeadlineError, TreepoError, WeightsError
 from treepo_async.learner.broadcast_copy import Copies
 from treepo_async.learner.broadcast_group import Group, Meeting
 from treepo_async.metrics.categories import Category
@@ -48,15 +49,38 @@ class Sender:
         self._groups: dict[str, Group] = {}
         """By engine."""
         self._lock = threading.Lock()
+        self._failure: Exception | None = None
+        """Of a thread; it ends the learner at its next publication."""
         self._is_closed = threading.Event()
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._thread = threading.Thread(target=self._work, name=f"sender {stage}", daemon=True)
-        self._thread.start()
+        self._thread = self._start(self._work, f"sender {stage}")
+
+    def check(self) -> None:
+        """Whether all is well.
+
+        Raises:
+            WeightsError: a thread has ended for another reason than an engine.
+        """
+        if self._failure is not None:
+            raise WeightsError(
+                f"the sender of stage {self._stage} has ended, no engine can be sent weights: {self._failure!r}"
+            ) from self._failure
 
     def close(self) -> None:
         """End; what is under way ends with the process."""
         self._is_closed.set()
         self._thread.join()
+
+    def _start(self, work: Callable[[], None], name: str) -> threading.Thread:
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # noqa: BLE001  raised again by `check`
+                self._failure = error
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread.start()
+        return thread
 
     def _work(self) -> None:
         desk, begun = self._connect(), 0
@@ -66,9 +90,7 @@ class Sender:
                 if order is None:
                     continue
                 begun = order.order
-                threading.Thread(
-                    target=self._carry_out, args=(order,), name=f"to {order.engine}", daemon=True
-                ).start()
+                self._start(partial(self._carry_out, order), f"to {order.engine}")
         finally:
             desk.close()
 
@@ -114,8 +136,10 @@ class Sender:
     def _group_of(self, order: SendWeights) -> Group:
         with self._lock:
             found = self._groups.get(order.engine)
-        if found is not None and found.name == order.group:
-            return found
+            if found is not None and found.name == order.group:
+                return found
+            # whoever takes a group out closes it, once
+            self._groups.pop(order.engine, None)
         if found is not None:
             found.close()
         opened = Group(self._meeting, order.group, num_ranks=order.ranks, timeout_s=self._timeout_s)

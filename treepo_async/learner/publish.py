@@ -21,8 +21,8 @@ from treepo_async.weights.manifest import Probe, TensorInfo
 from treepo_async.weights.store import Apart, NamedTensor, WeightStore, at_once
 
 PROBE_SEQUENCES = 2
-PROBE_TOKENS = 16
-"""Of a sequence: every log-prob depends on all layers, and the engine takes no request while it computes them."""
+PROBE_TOKENS = 8
+"""Of a sequence: any log-prob but the first depends on every tensor of all layers, and the engine takes no request while it computes them."""
 ROOM_S = 1.0
 """Between two attempts to write."""
 TRACK = "weights"

@@ -51,8 +51,8 @@ class Desk(Protocol):
     def offer(self, parcel: Parcel) -> None:
         """From now on engines may have this version."""
 
-    def kept(self) -> list[PolicyVersion]:
-        """Versions whose copies must stay."""
+    def withdraw_old(self) -> list[PolicyVersion]:
+        """Offer no more what need not stay beside a version that comes next. Gives those whose copies must stay."""
 
 
 class Publisher(Protocol):
@@ -141,11 +141,12 @@ class BroadcastPublisher:
         published_at = time.time()
         with span("copy", Category.SYNC, track=TRACK, version=str(version)):
             dtype = str(self.dtype).removeprefix("torch.")
-            parts = self.team.offer(version, dtype, self.desk.kept())
+            parts = self.team.offer(version, dtype, self.desk.withdraw_old())
         manifest = Manifest(
             version=str(version),
             tensors={name: info for part in parts for name, info in part.tensors.items()},
-            hashes={name: found for part in parts for name, found in part.hashes.items()},
+            # an engine gives nobody the bytes that it took: the probe is the proof
+            hashes={},
             probe=probe_of(self.team, sequences),
             evaluate=evaluate,
             published_at=published_at,

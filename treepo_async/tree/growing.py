@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from treepo_async.tree.cut import Run, cut
+from treepo_async.tree.cut import Run, VersionSpan, cut
 from treepo_async.tree.prune import PRUNE, judge
 from treepo_async.tree.rules import GrowthRules, PartialPath, PruneRules
 from treepo_async.types import ROOT, Segment, StopReason, leaves_of, path_of
@@ -44,6 +44,10 @@ class GrowingTree:
     width: int = field(init=False)
     """Paths the tree is to have: less than the rule's where pruned ones are not refilled."""
     _ends: list[int] = field(default_factory=list)
+    _oldest: list[int] = field(default_factory=list)
+    """Lowest policy step on the path to each segment."""
+    _newest: int = 0
+    """Policy step."""
     _num_extensions: int = 0
 
     def __post_init__(self) -> None:
@@ -71,7 +75,13 @@ class GrowingTree:
         return Extension(parent, start, max_new_tokens, num_runs, self._num_extensions)
 
     def record(self, extension: Extension, run: Run, stop: StopReason | None) -> int | None:
-        """Add a run to the tree. Gives its last segment if the path can go on, else None."""
+        """Add a run to the tree. Gives its last segment if the path can go on, else None.
+
+        Args:
+            extension: the request it answers.
+            run: its tokens.
+            stop: why the path ended; PRUNED where it was too old to go on, see `is_stale`.
+        """
         end = extension.start + len(run)
         if stop is None and end >= self.rules.limit:
             stop = self.rules.limit_reason
@@ -83,21 +93,27 @@ class GrowingTree:
             segment_tokens=self.rules.segment_tokens,
             stop=stop,
         ):
-            self._ends.append(self.end(segment.parent) + len(segment))
-            self.segments.append(segment)
+            self._append(segment)
         last = len(self.segments) - 1
         if stop is None:
             return last
-        self.finished.append(last)
+        if stop is StopReason.PRUNED:
+            self._prune(last)
+        else:
+            self.finished.append(last)
         return None
 
     def without_pruned(self, survivors: list[int], num_others: int = 0) -> list[int]:
-        """Prune what the rules say among the paths that could go on. Gives the others.
+        """Prune what the rules say among the paths that could go on, and the whole ones that are too old by now.
 
         Args:
-            survivors: last segments of these paths.
+            survivors: last segments of the paths that could go on.
             num_others: paths that are active beside them.
+
+        Returns:
+            What is left of the survivors.
         """
+        self.drop_stale()
         stale = [i for i in survivors if self.is_stale(i)]
         for i in stale:
             self._prune(i)
@@ -109,11 +125,30 @@ class GrowingTree:
         views = {i: self._view(i) for i in judged}
         return [i for i in left if self._passes(i, views, num_active)]
 
+    def is_stale(self, parent: int, spans: Sequence[VersionSpan] = ()) -> bool:
+        """Whether a path is too old beside the newest token of the tree.
+
+        Args:
+            parent: its last segment, or `ROOT`.
+            spans: of its tokens behind that one, which are not in the tree.
+        """
+        bound = self.prune.max_staleness
+        if bound is None:
+            return False
+        steps = [span.policy_version.step for span in spans]
+        oldest = steps if parent == ROOT else [*steps, self._oldest[parent]]
+        return bool(oldest) and min(oldest) < max([*steps, self._newest]) - bound
+
+    def drop_stale(self) -> None:
+        """Prune whole paths that are too old by now: no batch could take the tree with them."""
+        for i in [i for i in self.finished if self.is_stale(i)]:
+            self.finished.remove(i)
+            self._prune(i)
+
     def seed(self, trunk: Sequence[Segment]) -> list[int]:
         """Begin with segments of an earlier tree, see `regrow`. Gives the last segments of paths that could go on."""
         for segment in trunk:
-            self._ends.append(self.end(segment.parent) + len(segment))
-            self.segments.append(segment)
+            self._append(segment)
         leaves = leaves_of(tuple(trunk))
         self.finished = [i for i in leaves if trunk[i].stop is not None]
         return [i for i in leaves if trunk[i].stop is None]
@@ -161,6 +196,13 @@ class GrowingTree:
         """Segment indices from the prompt down to `parent`."""
         return path_of(self.segments, parent)
 
+    def _append(self, segment: Segment) -> None:
+        step, parent = segment.policy_version.step, segment.parent
+        self._ends.append(self.end(parent) + len(segment))
+        self._oldest.append(step if parent == ROOT else min(step, self._oldest[parent]))
+        self._newest = max(step, self._newest)
+        self.segments.append(segment)
+
     def _view(self, i: int) -> PartialPath:
         path = [self.segments[k] for k in self.path(i)]
         return PartialPath(
@@ -188,16 +230,9 @@ class GrowingTree:
             self.segments[i] = replace(self.segments[i], inclusion=verdict.inclusion)
         return not verdict.is_pruned
 
-    def is_stale(self, i: int) -> bool:
-        """Whether a path is too old beside the newest token of the tree."""
-        if self.prune.max_staleness is None or i == ROOT:
-            return False
-        newest = max(segment.policy_version.step for segment in self.segments)
-        oldest = min(self.segments[k].policy_version.step for k in self.path(i))
-        return oldest < newest - self.prune.max_staleness
-
     def _prune(self, i: int) -> None:
         self.segments[i] = replace(self.segments[i], stop=StopReason.PRUNED)
         self.pruned.append(i)
-        if not self.prune.refill:
+        if not self.prune.refill or len(self.pruned) > self.rules.width:
+            # the second: an end to trees whose paths are too old again and again
             self.width -= 1

@@ -14,6 +14,9 @@ The rules of the first two:
 * run to completion: once finished + active = width no fork can follow, so each path is asked for its rest, unless it is
   to be judged at boundaries. From then on the place of a pruned path goes to a fallback at once.
 
+Where paths are pruned by age, each arrival may also prune paths that are whole: it may hold the token beside which they
+are too old. So a tree of nothing but pruned paths is possible, under updates that come faster than its paths end.
+
 A growth may begin with a trunk, what was kept of an earlier tree of the prompt (see `regrow`). Its ended paths count as
 finished, its open ends go on with one run each, and the prompt gets the forks that it lacks; then the rules hold as ever.
 
@@ -82,6 +85,7 @@ class Growth(ABC):
 
     def cut_off(self) -> int:
         """End every path that has not ended, as a pruned one. Gives the number of whole leaves; nothing may follow."""
+        self.tree.drop_stale()
         self.tree.cut_off()
         self._is_cut_off = True
         return len(self.tree.finished)

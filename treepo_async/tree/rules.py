@@ -72,11 +72,12 @@ class PruneRules:
     probability: float = 1.0
     """With which a path that falls under the first two rules is pruned."""
     max_staleness: int | None = None
-    """Most publications between a path's oldest token and the newest of its tree; such paths are always pruned."""
+    """Most publications between a path's oldest token and the newest of its tree. Paths that are older are always pruned,
+    the whole ones too."""
     refill: bool = True
-    """Whether another path takes the place of a pruned one."""
+    """Whether another path takes the place of a pruned one; of no more than `width`."""
 
     @property
     def judges(self) -> bool:
-        """Whether paths have to be looked at at every boundary."""
+        """Whether paths have to be looked at at every boundary; age is seen at the end of a run, or while it lasts."""
         return self.min_logprob is not None or self.value is not None

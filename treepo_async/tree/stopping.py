@@ -9,8 +9,11 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from treepo_async.types import StopReason
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +26,7 @@ class StopRules:
     """Index just past the first complete box of a text, or None; None here: boxes do not end a path."""
     repetition_window: int = 32
     repetition_count: int = 0
-    """A window of that many characters seen this often in a segment ends the path; 0: never."""
+    """A window of that many characters seen this often ends the path, see `_find_repetition`; 0: never."""
 
 
 def find_stop(
@@ -31,16 +34,14 @@ def find_stop(
     context: Sequence[int],
     token_ids: Sequence[int],
     *,
-    start: int,
     segment_tokens: int,
 ) -> tuple[int, StopReason] | None:
     """The earliest stop in a run.
 
     Args:
         rules: what ends a path.
-        context: response tokens before the run, where a box that the run completes may have begun.
+        context: all response tokens before the run, where a box or a repetition that the run completes may have begun.
         token_ids: the run, [T].
-        start: their number, for the grid.
         segment_tokens: the grid.
 
     Returns:
@@ -49,13 +50,13 @@ def find_stop(
     stops = [
         _find_eos(rules, token_ids),
         _find_boxed(rules, context, token_ids),
-        _find_repetition(rules, token_ids, start, segment_tokens),
+        _find_repetition(rules, context, token_ids),
     ]
     stop = min((s for s in stops if s is not None), key=lambda stop: stop[0], default=None)
     if stop is None:
         return None
     kept, reason = stop
-    same_segment = (start + kept) % segment_tokens != 0
+    same_segment = (len(context) + kept) % segment_tokens != 0
     if reason is StopReason.BOXED and same_segment and _find_eos(rules, token_ids[kept : kept + 1]):
         return kept + 1, StopReason.EOS
     return stop
@@ -79,22 +80,31 @@ def _find_boxed(
 
 
 def _find_repetition(
-    rules: StopRules, token_ids: Sequence[int], start: int, segment_tokens: int
+    rules: StopRules, context: Sequence[int], token_ids: Sequence[int]
 ) -> tuple[int, StopReason] | None:
-    if rules.repetition_count == 0:
+    """Where the last tokens of the path repeat themselves, as many as a window takes, repeated, at a character each.
+
+    They are counted in blocks of that many tokens from the prompt on, the one before included: so what is found depends
+    neither on where requests or segments end, nor on how much of the path there is.
+    """
+    path, span = [*context, *token_ids], rules.repetition_window * rules.repetition_count
+    if span == 0:
         return None
-
-    def repeats(head: Sequence[int]) -> bool:
-        return is_repetitive(rules.decode(head), rules.repetition_window, rules.repetition_count)
-
-    begin = 0
-    while begin < len(token_ids):
-        end = begin + segment_tokens - (start + begin) % segment_tokens
-        kept = _first(token_ids[begin:end], repeats)
+    seen = len(context)
+    while seen < len(path):
+        block = seen // span
+        before = path[max(0, (block - 1) * span) : seen]
+        kept = _first(path[seen : (block + 1) * span], partial(_repeats, rules, before))
         if kept is not None:
-            return begin + kept, StopReason.REPETITION
-        begin = end
+            return seen - len(context) + kept, StopReason.REPETITION
+        seen = (block + 1) * span
     return None
+
+
+def _repeats(rules: StopRules, before: Sequence[int], head: Sequence[int]) -> bool:
+    # at both ends there may be bytes of a character that is not whole
+    text = rules.decode([*before, *head]).strip(REPLACEMENT)
+    return is_repetitive(text, rules.repetition_window, rules.repetition_count)
 
 
 def is_repetitive(text: str, window: int, count: int) -> bool:

@@ -8,7 +8,7 @@ stages'.
 
 Invariants: an engine has groups of its own, so what becomes of one engine is nobody else's matter. A group that a transfer failed in, or
 that a server of an earlier start had joined, is never used again. Of the offers only the newest is kept, the newest marked ones, and
-those that somebody is being sent.
+those that somebody is being sent. What is offered can be sent: a version is withdrawn before its tensors go.
 """
 
 from collections import defaultdict, deque
@@ -67,17 +67,17 @@ class Desk:
     _num_orders: int = 0
 
     def offer(self, parcel: Parcel) -> None:
-        """From now on engines may have this version; the tensors of those in `kept()` must stay."""
-        kept = self.kept()
-        self._offers = {v: found for v, found in self._offers.items() if v in kept}
+        """From now on engines may have this version, instead of the newest so far."""
+        self._keep(self._wanted())
         self._offers[parcel.version] = _Offer(parcel, parcel.to_bytes())
 
-    def kept(self) -> list[PolicyVersion]:
-        """Versions whose tensors are needed beside those of one that comes next."""
-        marked = sorted(v for v, found in self._offers.items() if found.parcel.manifest.evaluate)
-        under_way = {e.version for e in self._engines.values() if e.version is not None}
-        wanted = {*marked[len(marked) - min(self.keep_marked, len(marked)) :], *under_way}
-        return sorted(wanted & self._offers.keys())
+    def withdraw_old(self) -> list[PolicyVersion]:
+        """Before a version is copied: offer no more what the newest has taken the place of. Gives those whose tensors must stay.
+
+        The newest stays on offer until `offer`: an engine that was offered it may ask for it meanwhile.
+        """
+        self._keep({*self._wanted(), *sorted(self._offers)[-1:]})
+        return sorted(self._offers)
 
     def next_for(
         self,
@@ -163,6 +163,15 @@ class Desk:
         while orders and orders[0].order <= done:
             orders.popleft()
         return orders[0] if orders else None
+
+    def _wanted(self) -> set[PolicyVersion]:
+        """Versions that stay on offer beside the newest."""
+        marked = sorted(v for v, found in self._offers.items() if found.parcel.manifest.evaluate)
+        under_way = {e.version for e in self._engines.values() if e.version is not None}
+        return {*marked[len(marked) - min(self.keep_marked, len(marked)) :], *under_way}
+
+    def _keep(self, versions: set[PolicyVersion]) -> None:
+        self._offers = {v: found for v, found in self._offers.items() if v in versions}
 
     def _order(
         self, stage: int, engine: str, group: str, ranks: int, version: PolicyVersion

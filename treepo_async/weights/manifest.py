@@ -62,6 +62,7 @@ class Manifest:
     version: str
     tensors: dict[str, TensorInfo]
     hashes: dict[str, str]
+    """Of the tensors in the folder; none where they go to the engines by a broadcast."""
     probe: Probe
     evaluate: bool
     """Whether the version shall be evaluated before the next one is applied."""

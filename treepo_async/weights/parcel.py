@@ -27,20 +27,18 @@ class StagePart:
     """What one pipeline stage has of a version."""
 
     tensors: dict[str, TensorInfo]
-    hashes: dict[str, str]
     buckets: tuple[Bucket, ...]
 
     def to_words(self) -> Any:
         """What `of_words` reads back, as JSON takes it."""
-        return [self.tensors, self.hashes, self.buckets]
+        return [self.tensors, self.buckets]
 
     @classmethod
     def of_words(cls, words: Any) -> Self:
         """Read what `to_words` gave."""
-        tensors, hashes, buckets = words
+        tensors, buckets = words
         return cls(
             {name: TensorInfo(dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()},
-            dict(hashes),
             tuple(tuple(bucket) for bucket in buckets),
         )
 
