@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from launch.run import EXIT_BAD_CONFIG, EXIT_FAILED, EXIT_STOPPED, progress_bar
 from treepo_async.config.command_line import describe_generation, parse_generation
+from treepo_async.config.limits import check_engine_tp
 from treepo_async.config.schema import GenerateConfig
 from treepo_async.errors import ConfigError, DataError, RoleError, TreepoError
 
@@ -93,7 +94,10 @@ def generate(config: GenerateConfig, words: list[str]) -> int:
     from treepo_async.actor.printer import LogLines, Printer
     from treepo_async.actor.standalone import Inputs, Standalone
     from treepo_async.cluster.prepare import load_model_config, prepare_model
+    from treepo_async.cpu.environment import cuda_present
 
+    if config.engine.url is None:
+        check_engine_tp(config.engine.tp, on_gpus=cuda_present())
     out = Path(config.out or "")
     check_apart(out, config.data.path)
     printer = Printer(sys.stdout)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from treepo_async.cluster.plan import Plan
 
 EXIT_FAILED, EXIT_BAD_CONFIG, EXIT_STOPPED = 1, 2, 130
-FLAGS = DRY_RUN, GPU_GIB, NODES = "--dry-run", "--gpu-gib=", "--nodes="
+DRY_RUN, GPU_GIB, NODES = "--dry-run", "--gpu-gib=", "--nodes="
 
 
 def main(words: list[str]) -> int:
@@ -36,7 +36,7 @@ def main(words: list[str]) -> int:
         print(describe())
         return 0
     try:
-        config = parse_resumed([word for word in words if not word.startswith(FLAGS)])
+        config = parse_resumed([word for word in words if not _is_flag(word)])
         if DRY_RUN in words:
             return plan_only(config, words)
         _refuse_what_if(words)
@@ -47,6 +47,11 @@ def main(words: list[str]) -> int:
     except KeyboardInterrupt:
         print("stopped before the run began", file=sys.stderr)
         return EXIT_STOPPED
+
+
+def _is_flag(word: str) -> bool:
+    """Whether it is one of ours; `--dry-run=true` is none, and refused like any key that nobody knows."""
+    return word == DRY_RUN or word.startswith((GPU_GIB, NODES))
 
 
 def _refuse_what_if(words: list[str]) -> None:

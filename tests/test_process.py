@@ -9,6 +9,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from treepo_async import process
+from treepo_async.errors import ConfigError
 from treepo_async.process import (
     descendants,
     free_ports,
@@ -190,6 +192,18 @@ def test_a_descendant_can_be_left_out_of_the_record(started, tmp_path):
     stop_child(child, timeout_s=1)
 
 
+@pytest.fixture
+def few_ports(monkeypatch, tmp_path):
+    """All ports but two are the kernel's."""
+    first = next(p for p in free_ports(3, "127.0.0.2") if p + 2 < 2**16)
+    pair = (first, first + 1)
+    monkeypatch.setattr(process, "FIRST_PORT", first)
+    file = tmp_path / "range"
+    file.write_text(f"{first + 2} 65535")
+    monkeypatch.setattr(process, "_EPHEMERAL_PORTS", file)
+    return pair
+
+
 def test_free_ports_are_none_that_the_kernel_hands_out():
     low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     with socket.socket() as any_port:
@@ -223,3 +237,18 @@ def test_a_child_that_does_not_end_in_time_is_ended_and_gives_minus_one(tmp_path
     words = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
     assert run_child([sys.executable, "-c", words], log_file=log, timeout_s=2, stop_s=SOON_S) == -1
     assert is_gone(int(log.read_text()))
+
+
+def test_an_address_that_this_machine_has_not_is_refused_by_its_key():
+    with pytest.raises(
+        ConfigError, match=r"203\.0\.113\.7 is no address of this machine \(cluster\.host"
+    ):
+        free_ports(1, "203.0.113.7")
+
+
+@pytest.mark.parametrize("taken", ["127.0.0.1", "127.0.0.2"])
+def test_free_ports_of_an_address_are_free_there_and_at_loopback(few_ports, taken):
+    first, second = few_ports
+    with socket.socket() as other:
+        other.bind((taken, first))
+        assert free_ports(1, "127.0.0.2") == [second]

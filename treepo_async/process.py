@@ -14,6 +14,9 @@ from typing import IO
 
 import psutil
 
+from treepo_async.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
 FIRST_PORT = 10_000
 """Well-known services listen below."""
 
@@ -162,8 +165,8 @@ def kill_recorded(file: Path) -> int:
     return num_killed
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Different ports of an address that were free a moment ago, none of which the kernel hands out by itself.
+def free_ports(count: int, host: str = LOOPBACK) -> list[int]:
+    """Different ports of an address and of loopback that were free a moment ago, none of which the kernel hands out by itself.
 
     A port of the kernel's own range may become the end of any connection, or the listener of a library that asks for
     just any port, before the process that it was chosen for has bound it.
@@ -173,17 +176,33 @@ def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
         host: an address of this machine.
 
     Raises:
+        ConfigError: it is none.
         OSError: there are not as many.
     """
+    _check_address(host)
     low, high = (int(word) for word in _EPHEMERAL_PORTS.read_text().split())
     candidates = [port for port in range(FIRST_PORT, 2**16) if not low <= port <= high]
     found: list[int] = []
     for port in random.SystemRandom().sample(candidates, len(candidates)):
         if len(found) == count:
             break
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((host, port))
+        if all(_is_free(address, port) for address in {host, LOOPBACK}):
             found.append(port)
     if len(found) < count:
         raise OSError(f"{len(found)} ports from {FIRST_PORT} on are free, {count} are needed")
     return found
+
+
+def _check_address(host: str) -> None:
+    if not _is_free(host, 0):
+        raise ConfigError(
+            f"{host} is no address of this machine (cluster.host; of a Ray node: ray start --node-ip-address)"
+        )
+
+
+def _is_free(host: str, port: int) -> bool:
+    """Whether a port can be bound; 0: any."""
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        probe.bind((host, port))
+        return True
+    return False

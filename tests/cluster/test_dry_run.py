@@ -157,3 +157,15 @@ def test_a_plan_that_has_no_room_on_described_nodes_is_refused_with_the_numbers(
 def test_an_existing_cluster_is_not_asked_by_a_dry_run(model_dir, data):
     text = dry(f"model={model_dir}", data, "data.instruction=''", "cluster.ray_address=head:6379")
     assert "head:6379 is not asked; describe them: --nodes=4x8" in text
+
+
+def test_an_engine_that_is_split_needs_gpus_also_in_a_plan(model_dir, data, monkeypatch):
+    monkeypatch.setattr("treepo_async.cluster.dry_run.cuda_present", lambda: False)
+    words = [f"model={model_dir}", data, "data.instruction=''", "engine.tp=2"]
+    with pytest.raises(ConfigError, match=r"engine\.tp=2 splits an engine over GPUs"):
+        dry(*words)
+    with pytest.raises(ConfigError, match=r"engine\.tp=2 splits an engine over GPUs"):
+        dry(*words, nodes="1x0x16")
+    for more in ({"gpu_gib": 80}, {"nodes": "1x8"}):
+        assert "3 GPUs: 1 for ranks, 2 for engines" in dry(*words, **more)
+    assert "1 engine" in dry(*words, "engine.url=http://10.0.0.1:30000")

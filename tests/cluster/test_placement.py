@@ -18,7 +18,7 @@ GPUS = st.lists(st.integers(0, 9), min_size=2, max_size=4).filter(any)
 
 
 def nodes_with(gpus, cpus=0):
-    return [Node(f"n{i}", f"n{i}", cpus, number) for i, number in enumerate(gpus)]
+    return [Node(f"n{i}", f"n{i}", cpus, number, all_gpus=number) for i, number in enumerate(gpus)]
 
 
 def demand(layout, *, engines=1, tp=1, actors=2):
@@ -139,6 +139,19 @@ def test_one_gpu_is_shared_and_ranks_never_share_one():
     assert (found.learner[0].gpus, found.engines[0].gpus) == ((0,), (0,))
     with pytest.raises(ConfigError, match=r"learner=dp2 needs 2 GPUs .* room for 1"):
         placed("1x1", demand("dp2"))
+
+
+@pytest.mark.parametrize("free", [0, 1])
+def test_gpus_that_others_hold_are_neither_shared_nor_replaced_by_cpus(free):
+    node = Node("n0", "n0", cpus=64, gpus=free, all_gpus=2)
+    with pytest.raises(ConfigError, match=r"2 GPUs|1 GPUs"):
+        place(demand("tp1"), [node])
+
+
+def test_an_engine_is_split_over_gpus_alone():
+    with pytest.raises(ConfigError, match=r"engine\.tp=2 splits an engine over GPUs"):
+        placed("2x0x16", demand("tp1", tp=2))
+    assert placed("2x0x16", demand("tp1", engines=0, tp=2)).engines == ()
 
 
 def test_several_nodes_are_never_shared():

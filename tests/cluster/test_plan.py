@@ -2,11 +2,13 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from treepo_async.cluster.plan import describe, make_plan
 from treepo_async.config.command_line import parse
 from treepo_async.config.schema import ActorConfig, Config, LearnerConfig
 from treepo_async.config.wiring import Wiring
+from treepo_async.errors import ConfigError
 from treepo_async.types import Prompt
 
 
@@ -115,11 +117,11 @@ def test_the_plan_of_an_offline_run_says_so():
 
 
 def test_other_machines_reach_replay_and_the_gates_at_the_host_that_was_named_with_its_keys():
-    config = parse(["cluster.host=10.0.0.7", "cluster.keys_dir=keys"])
+    config = parse(["cluster.host=127.0.0.2", "cluster.keys_dir=keys"])
     plan = make_plan(config, run_dir=Path("run"), model_dir=Path("model"))
     for role in plan.roles:
-        assert role.wiring.replay_endpoint.startswith("tcp://10.0.0.7:")
-        assert role.wiring.gate_endpoint.startswith("tcp://10.0.0.7:")
+        assert role.wiring.replay_endpoint.startswith("tcp://127.0.0.2:")
+        assert role.wiring.gate_endpoint.startswith("tcp://127.0.0.2:")
         assert role.wiring.engine_url.startswith("http://127.0.0.1:"), "SGLang stays on loopback"
         assert role.wiring.keys_dir == str(Path("keys").resolve())
 
@@ -129,3 +131,12 @@ def test_without_a_host_everything_stays_on_loopback_without_keys():
     for role in plan.roles:
         assert role.wiring.replay_endpoint.startswith("tcp://127.0.0.1:")
         assert role.wiring.keys_dir is None
+
+
+def test_a_run_on_this_machine_binds_an_address_of_it(tmp_path):
+    words = ["cluster.host=203.0.113.7", "cluster.keys_dir=keys"]
+    folders = {"run_dir": tmp_path, "model_dir": tmp_path}
+    with pytest.raises(ConfigError, match=r"203\.0\.113\.7 is no address of this machine"):
+        make_plan(parse(words), **folders)
+    on_cluster = make_plan(parse([*words, "cluster.ray_address=auto"]), **folders)
+    assert on_cluster.roles[0].wiring.address == "203.0.113.7", "which may be another machine's"

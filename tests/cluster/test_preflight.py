@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from treepo_async.cluster import preflight
 from treepo_async.cluster.preflight import (
     LEAST_SHARED_MEMORY,
     failures,
@@ -14,6 +13,7 @@ from treepo_async.cluster.preflight import (
     question_of,
 )
 from treepo_async.config.command_line import parse
+from treepo_async.errors import ConfigError
 from treepo_async.wire.keys import make_keys
 
 ROLES = ("replay-0", "actor-0")
@@ -31,7 +31,7 @@ def question(tmp_path):
 
 
 def told(question, change=lambda sight: sight):
-    word = leave_word(preflight.Path(question.run_dir))
+    word = leave_word(question)
     own = replace(look(question), shared_memory=LEAST_SHARED_MEMORY)
     return list(failures(question, word, own, {"10.0.0.2": change(own)}))
 
@@ -75,11 +75,30 @@ def test_another_patch_of_python_is_no_failure(question):
     assert told(question, patch) == []
 
 
+def test_a_folder_of_publications_that_a_node_does_not_share_is_told(tmp_path):
+    config = parse([f"weights.dir={tmp_path / 'shm' / 'weights'}"])
+    asked = question_of(config, run_dir=tmp_path, model_dir=tmp_path, roles=())
+    assert told(asked) == [], "it is made where it is missing"
+    (failure,) = told(asked, lambda sight: replace(sight, weights_word=""))
+    assert failure.startswith(f"node 10.0.0.2: weights.dir={tmp_path / 'shm' / 'weights'} is not")
+    with pytest.raises(ConfigError, match=r"weights\.dir=/proc/none cannot be written"):
+        leave_word(replace(asked, weights_dir="/proc/none"))
+    broadcast = parse([f"weights.dir={tmp_path}", "weights.transport=broadcast"])
+    found = question_of(broadcast, run_dir=tmp_path, model_dir=tmp_path, roles=())
+    assert found.weights_dir is None
+
+
+def test_a_model_that_cannot_be_read_is_as_one_that_is_missing(question, tmp_path):
+    (tmp_path / "model" / "config.json").unlink()
+    (tmp_path / "model" / "config.json").mkdir()
+    assert look(question).model == ""
+
+
 def test_a_folder_of_the_same_name_elsewhere_is_seen_by_its_word(question, tmp_path):
-    word = leave_word(tmp_path / "run")
+    word = leave_word(question)
     other = tmp_path / "elsewhere"
     other.mkdir()
-    leave_word(other)
+    leave_word(replace(question, run_dir=str(other)))
     assert look(replace(question, run_dir=str(other))).word != word
     assert look(replace(question, run_dir=str(tmp_path / "nowhere"))).word == ""
 

@@ -1,7 +1,9 @@
 import os
 import re
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -56,6 +58,64 @@ def test_a_cluster_runs_a_role_and_leaves_nothing_behind(tmp_path):
     assert not temporary.exists()
     assert {process.pid for process in family()} <= before
     assert list((tmp_path / "cache" / "running").iterdir()) == []
+
+
+class RayError(Exception):
+    """What Ray raises."""
+
+
+@pytest.fixture
+def fake_ray(monkeypatch, variables):
+    """A Ray that nothing is started of, in the place of the real one: `inits` has what it was told, `fails` what it raises."""
+    names = (
+        "ray",
+        "ray.exceptions",
+        "ray.runtime_env",
+        "ray.util",
+        "ray.util.scheduling_strategies",
+    )
+    found = {name: ModuleType(name) for name in names}
+    ray = found["ray"]
+    ray.inits, ray.fails = [], None
+
+    def init(**options):
+        ray.inits.append(options)
+        if ray.fails is not None:
+            raise ray.fails
+
+    def runtime_env(**env):
+        if not isinstance(env.get("pip", []), list):
+            raise TypeError("runtime_env['pip'] must be of type str or List[str]")
+
+    ray.init, ray.shutdown = init, lambda: None
+    found["ray.exceptions"].RayError, found["ray.runtime_env"].RuntimeEnv = RayError, runtime_env
+    ray.util = found["ray.util"]
+    for name, module in found.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    return ray
+
+
+def joined(tmp_path, **runtime_env):
+    there = {"num_cpus": 1, "runtime_env": runtime_env}
+    with ray_cluster("10.0.0.1:6379", cache_dir=tmp_path / "cache", **there):
+        pass
+
+
+def test_the_environment_of_the_roles_is_that_of_the_job_for_which_ray_brings_folders(
+    fake_ray, tmp_path
+):
+    joined(tmp_path, working_dir=str(tmp_path))
+    (options,) = fake_ray.inits
+    assert options["runtime_env"] == {"working_dir": str(tmp_path)}
+    with pytest.raises(ConfigError, match=r"cluster\.runtime_env is not what Ray takes: .*'pip'"):
+        joined(tmp_path, pip=3)
+    assert len(fake_ray.inits) == 1, "nothing was joined"
+
+
+def test_a_token_that_the_cluster_does_not_take_is_told_by_its_key(fake_ray, tmp_path):
+    fake_ray.fails = RayError("token mismatch\nmore")
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.1:6379 cannot be joined: RayError: token mismatch \(cluster\.token"):  # fmt: skip
+        joined(tmp_path)
 
 
 def test_pids_that_cannot_be_written_down_end_no_run(tmp_path):

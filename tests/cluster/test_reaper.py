@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from treepo_async.cluster import reaper
-from treepo_async.cluster.ray_cluster import RayCluster, reap_killed_runs
+from treepo_async.cluster.ray_cluster import RayCluster, reap_killed_runs, record_file
 
 SOON_S = 15.0
 
@@ -119,7 +119,7 @@ def test_a_run_records_what_it_started_but_not_its_reaper(tmp_path, started, sle
 
 
 def test_leftovers_of_runs_whose_driver_is_gone_are_ended(tmp_path, sleeper):
-    record = recorded(tmp_path / f"{dead_pid()}.json", sleeper.pid)
+    record = recorded(record_file(tmp_path, dead_pid()), sleeper.pid)
     assert reap_killed_runs(tmp_path) == 1
     assert sleeper.wait(SOON_S) == -signal.SIGKILL
     assert not record.exists()
@@ -127,7 +127,15 @@ def test_leftovers_of_runs_whose_driver_is_gone_are_ended(tmp_path, sleeper):
 
 
 def test_a_run_whose_driver_lives_is_left_alone(tmp_path, sleeper):
-    record = recorded(tmp_path / f"{os.getpid()}.json", sleeper.pid)
+    record = recorded(record_file(tmp_path, os.getpid()), sleeper.pid)
     assert reap_killed_runs(tmp_path) == 0
     assert sleeper.poll() is None
     assert record.exists()
+
+
+def test_a_run_of_another_machine_that_shares_the_folder_is_left_alone(tmp_path, sleeper):
+    own = record_file(tmp_path, dead_pid())
+    other = recorded(own.with_name(f"other-{own.name}"), sleeper.pid)
+    assert reap_killed_runs(tmp_path) == 0
+    assert sleeper.poll() is None
+    assert other.exists()

@@ -8,8 +8,9 @@ import pytest
 
 from treepo_async.cluster.plan import make_plan
 from treepo_async.cluster.prepare import make_run_dir
-from treepo_async.cluster.role import RoleHost
+from treepo_async.cluster.role import RoleHost, check_cores, visible_gpus
 from treepo_async.config.schema import Config
+from treepo_async.errors import ConfigError
 from treepo_async.tiny.tokenizer import save_tokenizer
 from treepo_async.wire.hello import hello_of
 from treepo_async.wire.messages import Ack
@@ -82,14 +83,40 @@ def test_a_role_that_fails_leaves_its_traceback(spec, hosted):
     assert "/nowhere/config.json" in report.tail
 
 
-def test_a_role_reports_its_events_serves_and_stops_in_order(spec, hosted, tmp_path):
+@pytest.mark.parametrize(
+    ("inherited", "named"),
+    [(None, "0,1"), ("3,5", "3,5"), ("GPU-8f3a, MIG-7b/1/0", "GPU-8f3a,MIG-7b/1/0")],
+)
+def test_shared_gpus_are_named_among_those_that_the_host_sees(inherited, named):
+    assert visible_gpus((0, 1), inherited) == {"CUDA_VISIBLE_DEVICES": named}
+    assert visible_gpus((), inherited) == {}, "it has those of its host"
+
+
+@pytest.mark.parametrize("inherited", ["3", "", " "])
+def test_more_gpus_than_the_host_sees_are_refused(inherited):
+    with pytest.raises(ConfigError, match=f"CUDA_VISIBLE_DEVICES={inherited} names .* GPU 1"):
+        visible_gpus((0, 1), inherited)
+
+
+def test_cores_that_a_node_has_not_are_refused_by_key_and_number_before_anything_starts(
+    spec, hosted
+):
+    host = hosted(replace(spec, module="engine", cores=frozenset({0, 4096})))
+    with pytest.raises(ConfigError, match=r"engine\.cores names 4096, of which node"):
+        host.start()
+    assert host.stop(1.0) is None, "there is no process"
+    check_cores("engine", frozenset({2, 3}), {1, 2, 3})
+
+
+def test_a_role_reports_its_events_serves_and_stops_in_order(spec, hosted, tmp_path, monkeypatch):
     async def greet(endpoint):
         async with Requester(endpoint, name="test", owner="replay") as replay:
             return await replay.ask(
                 hello_of(spec.wiring), timeout_s=SOON_S, wait="replay to come up"
             )
 
-    host = hosted(spec)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f3a,GPU-9")
+    host = hosted(replace(spec, shared_gpus=(1,)))
     pid = host.start()
     events, report = reports_until(host, lambda report: {"event": "ready"} in report.events)
     assert events.count({"event": "ready"}) == 1
@@ -99,6 +126,7 @@ def test_a_role_reports_its_events_serves_and_stops_in_order(spec, hosted, tmp_p
     assert {"event": "ready"} not in again, "each event is reported once"
     environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     assert b"TREEPO_ROLE=replay-0" in environment
+    assert b"CUDA_VISIBLE_DEVICES=GPU-9" in environment
     assert isinstance(asyncio.run(greet(spec.wiring.replay_endpoint))[0], Ack)
     assert host.stop(10.0) == 0
     assert host.report().exit_code == 0

@@ -23,6 +23,12 @@ def test_what_a_person_wrote_stays_and_its_path_comes_behind_this_source():
     assert found["env_vars"] == {"PYTHONPATH": "/src:/theirs", "NCCL_DEBUG": "INFO", "N": "3"}
 
 
+@pytest.mark.parametrize("more", [{}, {"working_dir": "s3://code.zip"}])
+def test_a_variable_that_a_person_wrote_wins_over_that_of_the_driver(more):
+    found = runtime_env_of({"env_vars": {"A": "theirs"}, **more}, {"A": "1", "B": "2"}, root=ROOT)
+    assert (found["env_vars"]["A"], found["env_vars"]["B"]) == ("theirs", "2")
+
+
 @pytest.mark.parametrize("key", ["working_dir", "py_modules"])
 def test_where_ray_brings_the_source_the_path_is_left_to_it(key):
     found = runtime_env_of({key: "s3://code.zip"}, {}, root=ROOT)

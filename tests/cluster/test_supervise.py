@@ -13,7 +13,7 @@ from treepo_async.cluster.plan import Plan
 from treepo_async.cluster.role import RoleReport, RoleSpec
 from treepo_async.cluster.supervise import StoppedError, Supervisor, SupervisorRules
 from treepo_async.config.wiring import Wiring
-from treepo_async.errors import RoleError
+from treepo_async.errors import ConfigError, RoleError
 from treepo_async.metrics.record import STEP_NAMES, TREE_SUMS
 
 RULES = SupervisorRules(
@@ -24,7 +24,19 @@ DONE = {"event": "done", "num_steps": 2, "model": "/run/model"}
 
 
 class RayError(Exception):
-    """What a lost Ray worker raises."""
+    """What Ray raises, e.g. at a deadline."""
+
+
+class RayActorError(RayError):
+    """What Ray raises once a host is gone."""
+
+
+class RayTaskError(RayError):
+    """What Ray raises where a method of a host did."""
+
+    def __init__(self, cause):
+        super().__init__(f"ray::RoleHost.start()\n{cause}")
+        self.cause = cause
 
 
 @dataclass
@@ -58,7 +70,9 @@ class FakeRay:
 
     roles: dict
     order: list = field(default_factory=list)
-    exceptions = SimpleNamespace(RayError=RayError)
+    exceptions = SimpleNamespace(
+        RayError=RayError, RayActorError=RayActorError, RayTaskError=RayTaskError
+    )
 
     def get(self, call, *, timeout):
         return call()
@@ -608,48 +622,106 @@ def test_an_actor_whose_node_is_gone_is_started_on_another_one(tmp_path):
     assert it.supervisor.run() == "/run/model"
     assert it.supervisor.hosts.moved == ["actor-0"]
     assert it.roles["actor-0"].num_starts == 2
-    assert "actor-0 was lost with node 10.0.0.2; starting it on 10.0.0.1" in it.text
+    assert "actor-0 lost its host on node 10.0.0.2; starting it on 10.0.0.1" in it.text
 
 
-def test_a_ray_worker_that_is_lost_on_a_living_node_ends_the_run(tmp_path):
-    it = driver(tmp_path, actor=[says(READY), RayError("The actor died"), says()])
+def test_an_actor_whose_host_is_gone_is_started_again_before_its_node_counts_as_dead(tmp_path):
+    it = driver(
+        tmp_path,
+        actor=[says(READY), RayActorError("The actor died"), says(READY), says()],
+        learner=[says(READY), *[says()] * 5, says(DONE, exit_code=0)],
+    )
+    assert it.supervisor.run() == "/run/model"
+    assert it.supervisor.hosts.moved == ["actor-0"]
+    assert "actor-0 lost its host on node 10.0.0.1; starting it on 10.0.0.1" in it.text
+
+
+def test_an_actor_that_keeps_losing_its_host_ends_the_run(tmp_path):
+    gone = [RayActorError("The actor died") for _ in range(2)]
+    it = driver(tmp_path, actor=[says(READY), *gone, says()])
+    with pytest.raises(RoleError, match="actor-0 lost its Ray worker on node"):
+        it.supervisor.run()
+    assert it.supervisor.hosts.moved == ["actor-0"]
+
+
+def test_a_host_that_does_not_answer_on_a_living_node_ends_the_run(tmp_path):
+    it = driver(tmp_path, actor=[says(READY), RayError("Get timed out"), says()])
     with pytest.raises(RoleError, match="actor-0 lost its Ray worker on node"):
         it.supervisor.run()
     assert it.supervisor.hosts.moved == []
 
 
+def test_an_actors_host_that_a_terminals_signal_took_along_is_not_started_again(tmp_path):
+    def interrupt_and_lose_the_host():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise RayActorError("The actor died")
+
+    it = driver(tmp_path, actor=[says(READY), interrupt_and_lose_the_host, says()])
+    with pytest.raises(StoppedError):
+        it.supervisor.run()
+    assert it.supervisor.hosts.moved == []
+
+
+def test_what_a_host_refuses_is_told_in_its_own_words(tmp_path):
+    refused = RayTaskError(ConfigError("engine.cores names 4096"))
+    it = driver(tmp_path, engine=[refused])
+    said = r"engine-0 cannot be run on node 10\.0\.0\.1: ConfigError: engine\.cores names 4096$"
+    with pytest.raises(RoleError, match=said):
+        it.supervisor.run()
+
+
+@pytest.mark.parametrize("error", [RayError, RayActorError])
 @pytest.mark.parametrize("kind", ["engine", "learner", "replay"])
-def test_a_node_with_what_nobody_else_has_ends_the_run_by_its_address(tmp_path, kind):
-    scripts = {kind: [says(READY), RayError("The node is dead"), says()]}
+def test_a_node_with_what_nobody_else_has_ends_the_run_by_its_address(tmp_path, kind, error):
+    scripts = {kind: [says(READY), error("The node is dead"), says()]}
     it = driver(tmp_path, max_restarts=3, lost=[f"{kind}-0"], **scripts)
     with pytest.raises(RoleError, match=rf"{kind}-0 lost its Ray worker on node 10\.0\.0\.2"):
         it.supervisor.run()
     assert it.supervisor.hosts.moved == []
 
 
-def test_an_engine_that_is_not_the_first_is_done_without_once_its_node_is_gone(tmp_path):
+@pytest.mark.parametrize(
+    ("lost", "error"),
+    [(["engine-0"], RayError("The node is dead")), ([], RayActorError("The actor died"))],
+)
+def test_an_engine_that_is_not_the_first_is_done_without_once_its_host_is_gone(
+    tmp_path, lost, error
+):
     it = driver(
         tmp_path,
-        lost=["engine-0"],
-        engine=[says(READY), RayError("The node is dead")],
+        lost=lost,
+        engine=[says(READY), error],
         learner=[says(READY), *[says()] * 5, says(DONE, exit_code=0)],
     )
     plan = it.supervisor.plan
     second = replace(plan.roles[0], wiring=replace(plan.roles[0].wiring, index=1))
     it.supervisor.plan = replace(plan, roles=(second, *plan.roles[1:]))
     assert it.supervisor.run() == "/run/model"
-    assert "engine-0 was lost with node 10.0.0.2; going on without it" in it.text
+    node = it.supervisor.hosts.node_of("engine-0")
+    assert f"engine-0 lost its host on node {node}; going on without it" in it.text
     assert "engine-0" not in it.ray.order
 
 
-def test_a_process_of_the_learner_that_follows_may_be_seen_to_end_before_the_leader(tmp_path):
+def with_follower(tmp_path, *events):
+    """Replay's place is that of a process of the learner that follows, and ends with code 0 before the leader."""
     it = driver(
         tmp_path,
-        replay=[says(READY), says(exit_code=0), says(exit_code=0)],
+        replay=[says(READY), says(*events, exit_code=0), says(exit_code=0)],
         learner=[says(READY), says(), says(), says(DONE, exit_code=0)],
     )
     plan = it.supervisor.plan
     wiring = replace(plan.roles[2].wiring, first_rank=4)
     follower = replace(plan.roles[2], module="learner", wiring=wiring)
     it.supervisor.plan = replace(plan, roles=(*plan.roles[:2], follower, *plan.roles[3:]))
+    return it
+
+
+def test_a_process_of_the_learner_that_follows_may_be_seen_to_end_before_the_leader(tmp_path):
+    it = with_follower(tmp_path, {"event": "over"})
     assert it.supervisor.run() == "/run/model"
+
+
+def test_a_process_of_the_learner_that_was_asked_to_end_has_not_followed_to_the_end(tmp_path):
+    it = with_follower(tmp_path)
+    with pytest.raises(RoleError, match="replay-0 ended with code 0"):
+        it.supervisor.run()

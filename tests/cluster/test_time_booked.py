@@ -72,3 +72,9 @@ def test_reports_that_do_not_follow_each_other_are_found():
     verdict = time_booked(lines_of(change=overlap))
     assert not verdict.holds
     assert "between its reports" in verdict.text
+
+
+def test_a_run_that_has_told_of_no_time_has_not_booked_it():
+    verdict = time_booked([])
+    assert not verdict.holds
+    assert verdict.text == "no process has told what its time went into"

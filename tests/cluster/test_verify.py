@@ -155,6 +155,9 @@ class MadeRun(RunFolder):
             probe=Probe([], []),
             evaluate=False,
         )
+        told = {"event": "ledger", "process": "actor-0", "pid": 1, "begin": 0.0, "end": 9.0}
+        ledger = told | {"seconds": {"compute": 9.0}, "gap_s": 0.0, "heard": None}
+        (self.folder / "events.jsonl").write_text(json.dumps(ledger) + "\n")
         versions = [(0, 1), (0, 2), (0, 3), (0, 4), (0, 5), (1, 5), (1, 6)]
         self.write_metrics(
             [{"step": s, "learner/lineage": n, "staleness/max": 1} for n, s in versions]
@@ -307,6 +310,21 @@ def test_a_damaged_checkpoint_is_found(run):
 def test_a_damaged_publication_is_found(run):
     run.flip(run.folder / "weights" / "1.6" / "model.safetensors", -1)
     assert failed(run) == ["publications"]
+
+
+def test_publications_are_looked_for_where_the_run_puts_them(run, tmp_path):
+    shutil.move(run.folder / "weights", tmp_path / "elsewhere")
+    words = ["replay.prompts_per_batch=2", "replay.max_staleness=1"]
+    config = parse([*words, f"weights.dir={tmp_path / 'elsewhere'}"])
+    (run.folder / "config.yaml").write_text(to_yaml(config))
+    assert failed(run) == []
+    run.flip(tmp_path / "elsewhere" / "1.6" / "model.safetensors", -1)
+    assert failed(run) == ["publications"]
+
+
+def test_a_run_whose_processes_told_of_no_time_is_found(run):
+    (run.folder / "events.jsonl").unlink()
+    assert failed(run) == ["time"]
 
 
 def test_missing_steps_and_stale_steps_are_found_in_what_was_told(run):

@@ -216,6 +216,25 @@ def test_a_host_with_keys_and_loopback_without_are_accepted():
 
 
 @pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["cluster.token_file=t"], "cluster.token_file=t is of an existing Ray cluster"),
+        (["cluster.runtime_env=e"], "cluster.runtime_env=e is of an existing Ray cluster"),
+        (
+            ["cluster.ray_address=ray://h:1"],
+            "cluster.ray_address=ray://h:1 is that of Ray's client",
+        ),
+        (["cluster.ray_address=local"], "cluster.ray_address=local starts no cluster"),
+    ],
+)
+def test_what_is_said_of_a_cluster_needs_one_that_can_be_joined(words, named):
+    (message,) = refusals(*words)
+    assert message.startswith(named)
+    there = ["cluster.ray_address=10.0.0.1:6379", "cluster.token_file=t", "cluster.runtime_env=e"]
+    assert parse(there).cluster.ray_address == "10.0.0.1:6379"
+
+
+@pytest.mark.parametrize(
     "word",
     [
         "data=https://me:hunter2@host/data.jsonl",

@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.actor import generate
 from tests.fakes import MODEL, FakeSGLang, until
+from treepo_async.config.command_line import parse_generation
 from treepo_async.config.schema import GenerateConfig, knobs
-from treepo_async.tiny.tokenizer import save_tokenizer
+from treepo_async.errors import ConfigError
+from treepo_async.tiny.tokenizer import build_tokenizer, save_tokenizer
 from treepo_async.wire.tree_file import TreeFile
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -324,6 +327,28 @@ async def test_bad_records_rewards_and_prompts_end_with_a_reason_and_nothing_is_
     assert done.out.splitlines()[-1] == f"done; {out}; without a tree: {out}.failed.jsonl"
 
 
+async def test_a_prompt_that_kills_the_engine_is_named_with_its_reason_and_all_others_have_trees(
+    inputs, tmp_path
+):
+    data, out = tmp_path / "sums.jsonl", tmp_path / "o.jsonl"
+    lines = data.read_text().splitlines()[:5]
+    lines[2] = json.dumps({"question": "~+~", "answer": "1"})
+    data.write_text("\n".join(lines) + "\n")
+    async with sglang(dies_of=build_tokenizer().token_to_id("~"), latency_s=0.02) as fake:
+        # whoever runs the server brings it back when it has been missed a second time
+        fake.on_death = lambda: setattr(fake, "num_missed", 2)
+        words = (f"out={out}", f"engine.url={fake.url}", "concurrent_trees=2")
+        done = await launched(*inputs, *words)
+    assert done.process.returncode == 0, done.err
+    assert "4 done, 0 skipped, 1 failed of 5" in done.out
+    assert done.out.count("engine away: ") == 3, done.out
+    assert sorted(ids_in(out)) == ["sums-1", "sums-2", "sums-4", "sums-5"]
+    (ending,) = map(json.loads, (tmp_path / "o.jsonl.failed.jsonl").open())
+    assert (ending["prompt_id"], ending["outcome"]) == ("sums-3", "failed")
+    assert ending["reason"].startswith("3 attempts, the last: EngineDiedError: the engine died")
+    assert done.out.splitlines()[-1] == f"done; {out}; without a tree: {out}.failed.jsonl"
+
+
 # ------------------------------------------------------------------ the end of a start
 
 
@@ -396,3 +421,11 @@ async def test_an_engine_that_stays_away_ends_it_with_1_and_how_to_go_on(inputs,
     assert "stayed away for 0.5 s (engine.start_timeout_s)" in run.err
     assert "Traceback" not in run.err
     assert run.out.splitlines()[-1].startswith(f"failed; {out}; go on with: python launch/actor.py")
+
+
+def test_an_engine_that_is_split_needs_gpus(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("treepo_async.cpu.environment.cuda_present", lambda: False)
+    words = [*map(str, inputs), f"out={tmp_path / 'o.jsonl'}", "engine.tp=2"]
+    with pytest.raises(ConfigError, match=r"engine\.tp=2 splits an engine over GPUs"):
+        generate(parse_generation(words), words)
+    assert not (tmp_path / "o.jsonl").exists()

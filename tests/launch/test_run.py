@@ -70,6 +70,7 @@ def test_help_names_every_key_and_imports_nothing_heavy():
     done = launched("--help", code=code)
     *text, last = done.stdout.splitlines()
     assert last == "heavy: [] code: 0"
+    assert "[--dry-run [--gpu-gib=80] [--nodes=4x8]]" in text[0]
     for key, _ in knobs(Config):
         assert any(line.startswith(f"  {key}=") for line in text), key
 
@@ -103,6 +104,7 @@ def test_a_dry_run_for_gpus_says_what_they_must_hold_and_imports_neither_torch_n
     [
         (["--dry-run", "--gpu-gib=much"], "--gpu-gib=much is no memory of a GPU in GiB"),
         (["--gpu-gib=80"], "--gpu-gib=... is for --dry-run"),
+        (["--dry-run=true"], "--dry-run=true: unknown key --dry-run"),
         (["--dry-run", "learner=tp3"], "not a multiple of the learner's tp=3"),
     ],
 )

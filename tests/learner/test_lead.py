@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 from contextlib import closing
 from functools import partial
@@ -75,6 +76,7 @@ def follow(address, secret, work, folder, first=2):
         lambda said: partial(work, folder, said),
         SOON_S,
         on_join=partial(_add_join, folder),
+        on_over=(folder / "over").touch,
     )
     follower.run()
 
@@ -133,6 +135,27 @@ def test_all_ranks_of_both_nodes_run_once_and_both_processes_end_well(tmp_path, 
     other.join(SOON_S)
     assert other.exitcode == 0
     assert sorted(file.name[0] for file in tmp_path.glob("?-*")) == ["0", "1", "2", "3"]
+    assert (tmp_path / "over").exists()
+
+
+def test_a_follower_that_is_asked_to_end_does_not_say_that_all_is_over(tmp_path, address):
+    def end_when_asked():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        follow(address, SECRET, end_well, tmp_path)
+
+    with closing(listen(address)) as listener:
+        other = FORK.Process(target=end_when_asked, daemon=False)
+        other.start()
+        line = Line(listener.accept()[0])
+        line.send(nonce="mine")
+        said = line.receive_one(SOON_S)
+        line.send(proof=proof(SECRET, "lead", said["nonce"], "mine"))
+        wait_for((tmp_path / "joined").exists, "the follower to join")
+        other.terminate()
+        other.join(SOON_S)
+        line.close()
+    assert other.exitcode == 0
+    assert not (tmp_path / "over").exists()
 
 
 @pytest.mark.parametrize("who", [1, 3])
@@ -206,7 +229,7 @@ def test_a_node_that_does_not_come_is_named_by_its_ranks(tmp_path, address):
 
 def test_a_leader_that_is_not_there_is_named_by_its_address(tmp_path, address):
     follower = Follower(
-        address, SECRET, "learner-1", range(2, 4), lambda _: print, 0.2, on_join=lambda: None
+        address, SECRET, "learner-1", range(2, 4), lambda _: print, 0.2, print, print
     )
     with pytest.raises(
         TreepoError, match=rf"learner-1 did not reach .* at {address} within 0\.2 s"
@@ -222,11 +245,60 @@ def test_who_does_not_know_the_secret_is_not_let_in(tmp_path, address, follower)
     assert not (tmp_path / "joined").exists()
 
 
+SAID = '{"nonce": "n", "role": "r", "first_rank": 2, "num_ranks": 2, "proof": %s}\n'
+DEEP = "[" * 30_000 + "]" * 30_000
+NONSENSE = (
+    b"",
+    b"nonsense\n",
+    b"[1]\n",
+    b"{}\n",
+    b'{"proof": 3}\n',
+    b"x" * 10,
+    (SAID % '"é"').encode(),
+    (SAID % r'"\ud800"').encode(),
+    f"{DEEP}\n".encode(),
+    (SAID % '"x"').replace('"n"', "[" * 900 + "]" * 900).encode(),
+    b"9" * 5000 + b"\n",
+)
+
+
+@pytest.mark.parametrize(
+    "data", NONSENSE[6:], ids=["no ASCII", "surrogate", "deep", "deep nonce", "digits"]
+)
+def test_one_line_of_a_stranger_ends_no_leader(tmp_path, address, data):
+    stranger = FORK.Process(target=_say_and_wait, args=(address, data), daemon=True)
+    stranger.start()
+    with pytest.raises(TreepoError, match="ranks 2, 3 have no node"):
+        lead(address, end_well, tmp_path, join_timeout_s=0.3)
+    stranger.join(SOON_S)
+    assert stranger.exitcode == 0, "it was hung up on"
+
+
+def _say_and_wait(address, data):
+    wait_for(lambda: _connects(address, b""), "the leader to listen")
+    with socket.create_connection(_pair(address)) as connection:
+        connection.sendall(data)
+        while connection.recv(4096):
+            pass
+
+
+@pytest.mark.parametrize(
+    "changed", [{"nonce": ["n"]}, {"role": 3}, {"first_rank": "2"}, {"num_ranks": True}]
+)
+def test_words_of_another_kind_are_refused_also_with_a_right_proof(changed):
+    said = {"nonce": "n", "role": "learner-1", "first_rank": 2, "num_ranks": 2} | changed
+    said["proof"] = proof(SECRET, "follow", "mine", *said.values())
+    line = object()
+    leader = Leader(None, SECRET, 4, range(2), None, 0, 1.0, _strangers={line: "mine"})
+    with pytest.raises(LineError, match="what no node says"):
+        leader._proven(line, said)
+
+
 def test_a_stranger_that_says_nothing_or_nonsense_holds_nobody_up(tmp_path, address, follower):
     def disturb():
         wait_for(lambda: _connects(address, b""), "the leader to listen")
         kept = []
-        for data in (b"", b"nonsense\n", b"[1]\n", b"{}\n", b'{"proof": 3}\n', b"x" * 10):
+        for data in NONSENSE:
             kept.append(socket.create_connection(_pair(address)))
             kept[-1].sendall(data)
         time.sleep(SOON_S)

@@ -94,3 +94,16 @@ def test_a_rank_that_stays_after_the_others_is_named(tmp_path, monkeypatch):
     with pytest.raises(TreepoError, match=r"ranks 1 did not end 0\.3 s after"):
         run_ranks(lambda: partial(linger, tmp_path), num_ranks=2, max_restarts=0)
     assert alive(tmp_path) == []
+
+
+def vanish(folder, number):
+    note(folder, number)
+    if number == 1:
+        os._exit(3)
+    time.sleep(60)
+
+
+def test_a_rank_that_ends_without_a_word_is_named_with_its_code_and_tried_again(tmp_path):
+    with pytest.raises(TreepoError, match=r"gave up after 1 restarts: rank 1 ended with code 3$"):
+        run_ranks(lambda: partial(vanish, tmp_path), num_ranks=2, max_restarts=1)
+    assert len(list(tmp_path.glob("1-*"))) == 2

@@ -14,6 +14,7 @@ from treepo_async.cluster.placement import parse_nodes, place
 from treepo_async.cluster.plan import demand_of, describe, make_plan, shorten
 from treepo_async.cluster.prepare import choose_run_dir, read_model_config, try_inputs
 from treepo_async.cluster.resume import find_resume_version
+from treepo_async.config.limits import check_engine_tp
 from treepo_async.config.schema import BUILT_IN, Config
 from treepo_async.cpu.environment import cuda_present
 from treepo_async.data.records import is_file, read_records
@@ -64,6 +65,13 @@ def dry_run(
         needed=forecast.needed_on_cpu(),
         ram_bytes=ram_bytes(),
     )
+    if there is None and config.engine.url is None and demand_of(config).engines:
+        on_gpus = device.gpu_bytes is not None
+        check_engine_tp(
+            config.engine.tp,
+            on_gpus=on_gpus,
+            otherwise=", or plan for GPUs of a size: --gpu-gib=80",
+        )
     parts = [describe(config, plan, prompt), forecast_text.describe(forecast, device)]
     if there is not None:
         demand, memory = demand_of(config), forecast_text.held(forecast, device)

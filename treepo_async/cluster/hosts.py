@@ -11,6 +11,7 @@ Waits: for what others hold of the nodes (`FREE_S`), for the hosts to be placed 
 
 With GPUs each host asks Ray for those of its role, and Ray sets CUDA_VISIBLE_DEVICES for it and for its process. Without, on a
 cluster that was there before, it asks for CPUs. On the cluster that this run started nobody else is, and nothing is asked for.
+The runtime environment of all hosts is that of the job, see `ray_cluster`.
 """
 
 import os
@@ -22,11 +23,19 @@ from typing import Any
 
 from treepo_async import chaos
 from treepo_async.cluster.placement import Demand, Node, Placement, place
-from treepo_async.cluster.plan import NUM_PORTS, Plan, demand_of, kind_of, role_names, seated
+from treepo_async.cluster.plan import (
+    Plan,
+    deal_ports,
+    demand_of,
+    kind_of,
+    num_ports,
+    role_names,
+    seated,
+)
 from treepo_async.cluster.preflight import failures, leave_word, look, question_of
 from treepo_async.cluster.role import RoleHost, RoleSpec, Site
 from treepo_async.config.schema import Config
-from treepo_async.errors import ConfigError
+from treepo_async.errors import ConfigError, TreepoError
 
 FREE_S = 20.0
 LOOK_S = 0.5
@@ -52,7 +61,6 @@ class Hosts:
 
     ray: Any
     berths: dict[str, Berth]
-    runtime_env: Mapping[str, Any]
     log_dir: Path
     handles: dict[str, Any] = field(default_factory=dict)
     """Ray actors of `RoleHost`, by role."""
@@ -69,8 +77,6 @@ class Hosts:
                 berth.node.id, soft=False
             ),
         }
-        if self.runtime_env:
-            options["runtime_env"] = dict(self.runtime_env)
         log = (self.log_dir / f"{spec.name}.log").resolve()
         self.handles[spec.name] = self.ray.remote(**options)(RoleHost).remote(spec, log)
 
@@ -79,12 +85,15 @@ class Hosts:
         return self.berths[role].node.address
 
     def move(self, spec: RoleSpec) -> str | None:
-        """Make the host of a role that takes no slot anew, on another living node. Gives its address; None: there is none."""
-        lost = self.berths[spec.name].node.id
-        others = [node for node in nodes_of(self.ray) if node.id != lost]
-        if not others:
+        """Make the host of a role that takes no slot anew, on another node if there is one. Gives its address; None: no node lives.
+
+        The node that it was on may be going: that shows many seconds later.
+        """
+        lost, living = self.berths[spec.name].node.id, nodes_of(self.ray)
+        able = [node for node in living if node.id != lost] or living
+        if not able:
             return None
-        node = others[spec.wiring.index % len(others)]
+        node = able[spec.wiring.index % len(able)]
         self.berths[spec.name] = replace(self.berths[spec.name], node=node)
         self.create(spec)
         return node.address
@@ -106,8 +115,9 @@ def _nodes(ray: Any, free: Mapping[str, Mapping[str, float]]) -> list[Node]:
     for row in ray.nodes():
         if row["Alive"]:
             has = free.get(row["NodeID"], row["Resources"])
-            slots = int(has.get("CPU", 0)), int(has.get("GPU", 0))
-            found.append(Node(row["NodeID"], row["NodeManagerAddress"], *slots))
+            cpus, gpus = int(has.get("CPU", 0)), int(has.get("GPU", 0))
+            all_gpus = int(row["Resources"].get("GPU", 0))
+            found.append(Node(row["NodeID"], row["NodeManagerAddress"], cpus, gpus, all_gpus))
     return sorted(found, key=lambda node: (node.id != own, node.address, node.id))
 
 
@@ -163,7 +173,7 @@ def berths_of(config: Config, placement: Placement, *, is_own: bool) -> dict[str
 
 
 def open_hosts(
-    ray: Any, config: Config, plan: Plan, *, runtime_env: Mapping[str, Any], is_own: bool
+    ray: Any, config: Config, plan: Plan, *, is_own: bool
 ) -> tuple[Plan, Hosts, Placement]:
     """Place every role, have Ray make its host, look around on its node, and complete its wiring.
 
@@ -171,7 +181,6 @@ def open_hosts(
         ray: connected.
         config: of the run.
         plan: of one machine.
-        runtime_env: Ray's, of every host.
         is_own: whether the run started the cluster, on this machine.
 
     Returns:
@@ -182,7 +191,7 @@ def open_hosts(
     """
     placement = place_on(ray, demand_of(config))
     berths = berths_of(config, placement, is_own=is_own)
-    hosts = Hosts(ray, berths, runtime_env, plan.run_dir / "logs")
+    hosts = Hosts(ray, berths, plan.run_dir / "logs")
     for name in berths:
         # which role it will be; the rest is known once all have said where they are
         hosts.create(replace(plan.roles[0], name=name, module=kind_of(name)))
@@ -193,8 +202,8 @@ def open_hosts(
     plan = replace(
         plan, roles=tuple(replace(r, shared_gpus=berths[r.name].shared_gpus) for r in plan.roles)
     )
-    tell = [hosts.handles[role.name].take.remote(role) for role in plan.roles]
-    ray.get(tell, timeout=ANSWER_S)
+    told = {role.name: hosts.handles[role.name].take.remote(role) for role in plan.roles}
+    _answers(hosts, told)
     return plan, hosts, placement
 
 
@@ -202,21 +211,50 @@ def _prepare(config: Config, hosts: Hosts) -> dict[str, Site]:
     """Where each host is, once Ray has placed it."""
     ray, berths = hosts.ray, hosts.berths
     host = address_for(config, [berth.node for berth in berths.values()])
-    calls = {
-        name: handle.prepare.remote(host or berths[name].node.address, NUM_PORTS[kind_of(name)])
-        for name, handle in hosts.handles.items()
-    }
+    by_address: dict[str, list[str]] = {}
+    for name in hosts.handles:
+        by_address.setdefault(host or berths[name].node.address, []).append(name)
+    # one of them draws for all: hosts that draw at the same time may draw the same port
+    calls = {}
+    for address, names in by_address.items():
+        for name in names:
+            number = num_ports(names) if name == names[0] else 0
+            calls[name] = hosts.handles[name].prepare.remote(address, number)
     _, waiting = ray.wait(list(calls.values()), num_returns=len(calls), timeout=PLACE_S)
     if waiting:
         late = [name for name, call in calls.items() if call in waiting]
-        raise ConfigError(_not_placed(ray, late, berths))
-    try:
-        return dict(zip(calls, ray.get(list(calls.values()), timeout=ANSWER_S), strict=True))
-    except ray.exceptions.RayError as error:
-        raise ConfigError(
-            f"a node cannot run treepo_async: {type(error).__name__} {_first_line(error)}; install the same environment "
-            "on every node, with this source under the same path, or have Ray carry it: cluster.runtime_env"
-        ) from error
+        raise ConfigError(_not_placed(ray, late, berths, config.cluster.runtime_env))
+    drawn = _answers(hosts, calls)
+    sites: dict[str, Site] = {}
+    for names in by_address.values():
+        sites |= deal_ports(names, drawn[names[0]])
+    return sites
+
+
+def _answers(hosts: Hosts, calls: Mapping[str, Any]) -> dict[str, Any]:
+    """What hosts answer, by role.
+
+    Raises:
+        ConfigError: one cannot.
+    """
+    found = {}
+    for name, call in calls.items():
+        try:
+            found[name] = hosts.ray.get(call, timeout=ANSWER_S)
+        except hosts.ray.exceptions.RayError as error:
+            raise ConfigError(f"node {hosts.node_of(name)} {_why_none(error)}") from error
+    return found
+
+
+def _why_none(error: Exception) -> str:
+    """Why a host has no answer, and what would help."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, TreepoError):
+        return f"cannot be used: {cause}"
+    return (
+        f"cannot run treepo_async: {type(error).__name__} {last_line(cause or error)}; install the same environment on "
+        "every node, with this source under the same path, or have Ray carry it: cluster.runtime_env"
+    )
 
 
 def address_for(config: Config, nodes: Sequence[Node]) -> str | None:
@@ -252,25 +290,29 @@ def _look(config: Config, plan: Plan, hosts: Hosts) -> None:
     by_node: dict[str, list[str]] = {}
     for name, berth in berths.items():
         by_node.setdefault(berth.node.id, []).append(name)
-    word = leave_word(plan.run_dir)
     questions = {
         names[0]: question_of(config, run_dir=plan.run_dir, model_dir=plan.model_dir, roles=names)
         for names in by_node.values()
     }
-    calls = [hosts.handles[name].look.remote(question) for name, question in questions.items()]
-    sights = hosts.ray.get(calls, timeout=ANSWER_S)
-    seen = {
-        f"{berths[name].node.address} ({berths[name].node.id[:6]})": sight
-        for name, sight in zip(questions, sights, strict=True)
-    }
+    if len({berth.node.address for berth in berths.values()}) == 1:
+        # those who publish and those who load see the same folder, also where the driver is elsewhere
+        questions = {name: replace(asked, weights_dir=None) for name, asked in questions.items()}
     # of keys the driver needs none
     question = replace(next(iter(questions.values())), roles=())
+    word = leave_word(question)
+    calls = {name: hosts.handles[name].look.remote(asked) for name, asked in questions.items()}
+    seen = {
+        f"{berths[name].node.address} ({berths[name].node.id[:6]})": sight
+        for name, sight in _answers(hosts, calls).items()
+    }
     found = list(failures(question, word, look(question), seen))
     if found:
         raise ConfigError("\n".join(found))
 
 
-def _not_placed(ray: Any, late: Sequence[str], berths: Mapping[str, Berth]) -> str:
+def _not_placed(
+    ray: Any, late: Sequence[str], berths: Mapping[str, Berth], runtime_env: str | None
+) -> str:
     free = ray._private.state.available_resources_per_node()
     lines = []
     for name in late:
@@ -280,11 +322,17 @@ def _not_placed(ray: Any, late: Sequence[str], berths: Mapping[str, Berth]) -> s
             f"{name} was not placed within {PLACE_S:g} s: it needs {berth.gpus} GPUs and {berth.cpus} CPUs of node "
             f"{berth.node.address}, which has {has.get('GPU', 0):g} and {has.get('CPU', 0):g} free"
         )
+    if runtime_env is not None:
+        lines.append(
+            f"making the environment of cluster.runtime_env={runtime_env} may take longer: Ray keeps it on a node, so "
+            "start again, or bring what it installs into the image; look in /tmp/ray/session_latest/logs/runtime_env*"
+        )
     lines.append("something else took them, or the node is going; look with: ray status")
     return "\n".join(lines)
 
 
-def _first_line(error: BaseException) -> str:
+def last_line(error: BaseException) -> str:
+    """Of a text that may begin with a traceback."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
 

@@ -48,6 +48,8 @@ class Narrator:
     """What each role said of its own failure."""
     done: Event | None = None
     """The learner's last event."""
+    over: set[str] = field(default_factory=set)
+    """Roles whose process has said that it ends as it should."""
     evaluated_step: int = -1
     """Newest policy step whose evaluation has ended, well or not."""
     newest_step: int = -1
@@ -83,6 +85,7 @@ class Narrator:
             "failed": self._on_failed,
             "alarm": self._on_alarm,
             "done": self._on_done,
+            "over": self._on_over,
         }.get(kind)
         if handle is not None:
             handle(role, event)
@@ -100,6 +103,7 @@ class Narrator:
     def on_start(self, role: str, pid: int) -> None:
         """A role's process was started; it counts as ready once it says so."""
         self._pids[role] = pid
+        self.over.discard(role)
         self._starts[role] = time.monotonic()
         self._stalls.on_start(role, time.monotonic())
         if self.trace is not None:
@@ -183,6 +187,9 @@ class Narrator:
     def _on_done(self, role: str, event: Event) -> None:
         if role.startswith("learner"):
             self.done = event
+
+    def _on_over(self, role: str, _: Event) -> None:
+        self.over.add(role)
 
     def _on_measured(self, role: str, kind: str, event: Event) -> None:
         match kind:

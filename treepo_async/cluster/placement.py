@@ -12,8 +12,8 @@ Rules, in this order:
   actor (`actor.engines`) do not all go with one node;
 * replay is beside rank 0; actors are spread over all nodes, beside their home engines where that goes. Both take no slot.
 
-A slot is a GPU; where no node has one, a CPU as Ray counts them. One node with too few GPUs is shared: its ranks have a GPU each,
-and engines share these. Neighbours: `plan` wires what is placed, `hosts` has Ray start it there, `placement_text` prints it.
+A slot is a GPU; where no node has one, held by others or not, a CPU as Ray counts them. One node with too few GPUs, all of them
+free, is shared: its ranks have a GPU each, and engines share these. Neighbours: `plan` wires what is placed, `hosts` has Ray start it there, `placement_text` prints it.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from treepo_async.config.layout import Layout
+from treepo_async.config.limits import check_engine_tp
 from treepo_async.errors import ConfigError
 
 
@@ -35,6 +36,8 @@ class Node:
     """That are free; of a plan without a cluster 0 where nobody said."""
     gpus: int
     """That are free."""
+    all_gpus: int
+    """Also those that others hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +115,11 @@ def place(demand: Demand, nodes: Sequence[Node]) -> Placement:
     """
     if not nodes:
         raise ConfigError("the Ray cluster has no living node; start one with: ray start")
-    on_gpus = any(node.gpus for node in nodes)
+    on_gpus = any(node.all_gpus for node in nodes)
+    if demand.engines:
+        check_engine_tp(demand.engine_tp, on_gpus=on_gpus)
     slots = [node.gpus if on_gpus else node.cpus for node in nodes]
-    size = demand.layout.world_size
-    fits_apart = size + demand.engine_slots <= slots[0]
-    if len(nodes) == 1 and on_gpus and not fits_apart and max(size, demand.engine_tp) <= slots[0]:
+    if on_gpus and len(nodes) == 1 and _must_share(demand, nodes[0]):
         return _shared(demand, nodes[0])
     blocks = _divide(demand, slots)
     if blocks is None:
@@ -127,6 +130,14 @@ def place(demand: Demand, nodes: Sequence[Node]) -> Placement:
     engines = _seats(homes, demand, slots, left, on_gpus=on_gpus)
     actors = _actors(demand.actors, homes, num_nodes=len(nodes))
     return Placement(tuple(nodes), on_gpus, False, learner, engines, actors)
+
+
+def _must_share(demand: Demand, node: Node) -> bool:
+    """Whether a node is too small for all to have their own, and large enough for each; of what others hold none is shared."""
+    size = demand.layout.world_size
+    fits_apart = size + demand.engine_slots <= node.gpus
+    is_free = node.gpus == node.all_gpus
+    return is_free and not fits_apart and max(size, demand.engine_tp) <= node.gpus
 
 
 def _shared(demand: Demand, node: Node) -> Placement:
@@ -316,7 +327,8 @@ def parse_nodes(text: str) -> list[Node]:
             raise ConfigError(f"--nodes={text} does not describe nodes; write {DESCRIPTION}")
         number, gpus, cpus = (*map(int, words), 0)[:3]
         first = len(nodes)
-        nodes += [Node(f"node-{first + i}", f"node-{first + i}", cpus, gpus) for i in range(number)]
+        names = [f"node-{first + i}" for i in range(number)]
+        nodes += [Node(name, name, cpus, gpus, all_gpus=gpus) for name in names]
     if not any(node.gpus or node.cpus for node in nodes):
         raise ConfigError(
             f"--nodes={text} has no GPUs; say how many CPUs a node has: {DESCRIPTION}"

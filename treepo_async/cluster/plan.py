@@ -5,7 +5,7 @@ the roles (`hosts`) have said where they are and which ports are free there.
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,6 +56,9 @@ def make_plan(
         model_dir: the initial model.
         lineage: least one of the run's weights.
         resume_step: policy step of the checkpoint to go on from.
+
+    Raises:
+        ConfigError: `cluster.host` is no address of this machine.
     """
     run_id = secrets.token_hex(4)
     shared = Wiring(
@@ -73,13 +76,30 @@ def make_plan(
     )
     shares = (Share(0, 0, Layout.parse(config.learner.layout).world_size, ()),)
     names = role_names(config, num_nodes=1)
-    ports = free_ports(sum(NUM_PORTS[kind_of(name)] for name in names))
-    sites = {}
+    # on a cluster the address may be of another machine, and `seated` gives other ports
+    is_here = config.cluster.ray_address is None
+    ports = free_ports(num_ports(names), *([config.cluster.host] if is_here else []))
+    sites = deal_ports(names, Site(config.cluster.host, tuple(ports)))
+    return Plan(run_id, run_dir, model_dir, _roles(config, shared, shares, sites), resume_step)
+
+
+def num_ports(names: Iterable[str]) -> int:
+    """That roles listen on, all together."""
+    return sum(NUM_PORTS[kind_of(name)] for name in names)
+
+
+def deal_ports(names: Iterable[str], site: Site) -> dict[str, Site]:
+    """The site of each role of an address, with its part of the ports.
+
+    Args:
+        names: of the roles.
+        site: with the ports of all of them.
+    """
+    sites, ports = {}, site.ports
     for name in names:
         number = NUM_PORTS[kind_of(name)]
-        sites[name] = Site(config.cluster.host, tuple(ports[:number]))
-        ports = ports[number:]
-    return Plan(run_id, run_dir, model_dir, _roles(config, shared, shares, sites), resume_step)
+        sites[name], ports = Site(site.address, ports[:number]), ports[number:]
+    return sites
 
 
 def seated(plan: Plan, config: Config, placement: Placement, sites: Mapping[str, Site]) -> Plan:

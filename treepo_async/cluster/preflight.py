@@ -2,7 +2,7 @@
 
     driver: Question -> host of each node: look() -> Sight -> driver: failures()
 
-The driver writes a random word into the run's folder, and a node that reads another one, or none, does not share it. The answers
+The driver writes a random word into the run's folder and into `weights.dir`, and a node that reads another one, or none, does not share them. The answers
 are compared here, so that every failure is told at once, with its node and the way out. Neighbours: `hosts` asks, `role` carries.
 """
 
@@ -20,7 +20,7 @@ from treepo_async.errors import ConfigError
 from treepo_async.wire.keys import client_keys, server_keys
 
 WORD_FILE = ".preflight"
-"""In a run's folder, while nodes are looked at."""
+"""In folders that nodes share, while they are looked at."""
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY = 2**28
 """Bytes without which SGLang and NCCL fail in odd ways; containers often have 64 MiB."""
@@ -34,6 +34,8 @@ class Question:
     """What a node is asked about; all of these are paths that must hold the same everywhere."""
 
     run_dir: str
+    weights_dir: str | None
+    """Where the learner publishes and engines load, if that is not in the run's folder."""
     model_dir: str
     files: tuple[str, ...]
     """Of data."""
@@ -51,6 +53,8 @@ class Sight:
     """Digest of this package's source."""
     word: str
     """In the run's folder; empty where there is none."""
+    weights_word: str
+    """In the folder of the publications, likewise."""
     model: str
     """Digest of the model's `config.json`; empty where there is none."""
     sizes: tuple[int, ...]
@@ -76,8 +80,11 @@ def question_of(
     named = [file for file in (data.path, data.eval_path, data.trees) if file is not None]
     # a dataset of the hub is no file here, and is left to the roles
     files = [Path(file) for file in named if file not in BUILT_IN and Path(file).exists()]
+    weights = config.weights
+    by_folder = weights.dir if weights.transport == "disk" else None
     return Question(
         run_dir=str(run_dir.resolve()),
+        weights_dir=None if by_folder is None else str(Path(by_folder).resolve()),
         model_dir=str(model_dir.resolve()),
         files=tuple(str(file.resolve()) for file in files),
         keys_dir=None if keys_dir is None else str(Path(keys_dir).resolve()),
@@ -85,10 +92,21 @@ def question_of(
     )
 
 
-def leave_word(run_dir: Path) -> str:
-    """Write a random word into the run's folder. Gives it."""
+def leave_word(question: Question) -> str:
+    """Write a random word into the folders that all nodes must share. Gives it.
+
+    Raises:
+        ConfigError: `weights.dir` cannot be written.
+    """
     word = secrets.token_hex(8)
-    (run_dir / WORD_FILE).write_text(word)
+    (Path(question.run_dir) / WORD_FILE).write_text(word)
+    if question.weights_dir is not None:
+        folder = Path(question.weights_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / WORD_FILE).write_text(word)
+        except OSError as error:
+            raise ConfigError(f"weights.dir={folder} cannot be written: {error}") from error
     return word
 
 
@@ -98,6 +116,7 @@ def look(question: Question) -> Sight:
         python=platform.python_version(),
         program=program_digest(),
         word=_read(Path(question.run_dir) / WORD_FILE),
+        weights_word=_read(Path(question.weights_dir or question.run_dir) / WORD_FILE),
         model=digest_of(Path(question.model_dir) / "config.json"),
         sizes=tuple(_size(Path(file)) for file in question.files),
         keys_trouble=_keys_trouble(question),
@@ -133,6 +152,11 @@ def _failures_of(question: Question, word: str, own: Sight, sight: Sight) -> Ite
         yield (
             f"run_dir={question.run_dir} is not the driver's folder; put it on a file system that every node mounts "
             "under the same path"
+        )
+    if question.weights_dir is not None and sight.weights_word != word:
+        yield (
+            f"weights.dir={question.weights_dir} is not the driver's folder; name one on a file system that every node "
+            "mounts under the same path, or give weights.transport=broadcast"
         )
     if sight.model != own.model:
         yield (

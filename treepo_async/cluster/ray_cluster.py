@@ -4,9 +4,10 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ RECORD_S = 5.0
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing of ours goes through Ray's object store; this is the least it takes."""
 
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -45,7 +47,12 @@ class RayCluster:
 
 @contextlib.contextmanager
 def ray_cluster(
-    address: str | None, *, cache_dir: Path, num_cpus: int, token_file: str | None = None
+    address: str | None,
+    *,
+    cache_dir: Path,
+    num_cpus: int,
+    token_file: str | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
 ) -> Iterator[RayCluster]:
     """Connect, and leave nothing behind.
 
@@ -54,14 +61,15 @@ def ray_cluster(
         cache_dir: holds Ray's token and the records of runs.
         num_cpus: of a cluster that is started: a label, which Ray counts against.
         token_file: of the existing cluster.
+        runtime_env: of all that is started on the existing cluster; Ray brings local folders that it names to the nodes.
 
     Raises:
-        ConfigError: there is no such cluster, or it does not take the token.
+        ConfigError: there is no such cluster, it does not take the token, or Ray cannot bring a folder there.
     """
     records = cache_dir / "running"
     records.mkdir(parents=True, exist_ok=True)
     reap_killed_runs(records)
-    record = records / f"{os.getpid()}.json"
+    record = record_file(records, os.getpid())
     # short, because the paths of Ray's sockets may have 107 bytes at most
     temporary = Path("/tmp") / f"treepo-{secrets.token_hex(3)}"
     _keep_files_here(temporary, cache_dir)
@@ -71,7 +79,7 @@ def ray_cluster(
         if address is None:
             ray = _start(cache_dir=cache_dir, temporary=temporary, num_cpus=num_cpus)
         else:
-            ray = _connect(address, token_file)
+            ray = _connect(address, token_file, runtime_env or {})
         try:
             yield RayCluster(ray, record, watcher.pid)
         finally:
@@ -83,10 +91,22 @@ def ray_cluster(
         watcher.wait(timeout=30)
 
 
+def record_file(records: Path, pid: int) -> Path:
+    """Where a driver of this machine keeps the pids of its run; the folder may be that of several machines."""
+    return records / f"{_machine()}.{pid}.json"
+
+
 def reap_killed_runs(records: Path) -> int:
-    """End processes of runs whose driver is gone. Gives their number."""
-    dead = [f for f in records.glob("*.json") if not Path(f"/proc/{f.stem}").exists()]
+    """End processes of runs of this machine whose driver is gone. Gives their number."""
+    own = [file for file in records.glob("*.json") if file.stem.rpartition(".")[0] == _machine()]
+    dead = [f for f in own if not Path("/proc", f.stem.rpartition(".")[2]).exists()]
     return sum(kill_recorded(file) for file in dead)
+
+
+def _machine() -> str:
+    """Its name and its kernel's: containers of one machine have the second alone in common, and copies of one image the first."""
+    boot = BOOT_ID.read_text().strip() if BOOT_ID.exists() else ""
+    return f"{socket.gethostname()}.{boot[:8]}"
 
 
 def _keep_files_here(temporary: Path, cache_dir: Path) -> None:
@@ -105,7 +125,7 @@ def make_importable() -> None:
 
 def _start(*, cache_dir: Path, temporary: Path, num_cpus: int) -> Any:
     """A cluster on this machine."""
-    # Ray hides every GPU from a worker that asked it for none; roles that share GPUs name theirs themselves
+    # a worker that asked for no GPU sees what this process sees; roles that share GPUs name theirs among these
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Ray's workers run at nice 15 by default, and an engine below them would too
     os.environ.setdefault("RAY_worker_niceness", "0")
@@ -121,8 +141,8 @@ def _start(*, cache_dir: Path, temporary: Path, num_cpus: int) -> Any:
     )
 
 
-def _connect(address: str, token_file: str | None) -> Any:
-    """The cluster at an address.
+def _connect(address: str, token_file: str | None, runtime_env: Mapping[str, Any]) -> Any:
+    """The cluster at an address. The runtime environment is that of the job: Ray brings no local folder for an actor alone.
 
     Raises:
         ConfigError: see `ray_cluster`.
@@ -130,9 +150,17 @@ def _connect(address: str, token_file: str | None) -> Any:
     if token_file is not None:
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(check_token_file(token_file))
+    # not before the token is named: Ray reads its variables when it is loaded
+    from ray.exceptions import RayError
+    from ray.runtime_env import RuntimeEnv
+
     try:
-        return _init(address=address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        RuntimeEnv(**runtime_env)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"cluster.runtime_env is not what Ray takes: {error}") from error
+    try:
+        return _init(address=address, runtime_env=dict(runtime_env))
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         first_line = next(iter(str(error).splitlines()), "")
         token = token_file or "not set; a cluster with RAY_AUTH_MODE=token needs it"
         raise ConfigError(

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ import psutil
 from treepo_async import chaos
 from treepo_async.cluster.preflight import Question, Sight, look
 from treepo_async.config.wiring import Wiring
+from treepo_async.errors import ConfigError
 from treepo_async.metrics.events import parse
 from treepo_async.process import free_ports, start_child, stop_child
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 MAX_EVENTS = 10_000
 TAIL_LINES = 50
 
@@ -58,7 +61,7 @@ class Site:
     address: str
     """Of its node, as other nodes reach it."""
     ports: tuple[int, ...]
-    """That are free there, for its role."""
+    """That are free there, for its role; as a host says it, for all roles of its address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,12 @@ class RoleHost:
         self._spec = spec
 
     def start(self) -> int:
-        """Start the process. Gives its pid."""
+        """Start the process. Gives its pid.
+
+        Raises:
+            ConfigError: it shall have cores or GPUs that are not here.
+        """
+        check_cores(self._spec.module, self._spec.cores, os.sched_getaffinity(0))
         threads = str(self._spec.cpu_threads)
         self._child = start_child(
             [
@@ -110,7 +118,7 @@ class RoleHost:
                 "PYTHONUNBUFFERED": "1",
                 chaos.ROLE_VARIABLE: self._spec.name,
                 **socket_interface(self._spec.wiring.address),
-                **_visible(self._spec.shared_gpus),
+                **visible_gpus(self._spec.shared_gpus, os.environ.get(VISIBLE)),
             },
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -181,8 +189,48 @@ def socket_interface(address: str) -> dict[str, str]:
     return {}
 
 
-def _visible(gpus: tuple[int, ...]) -> dict[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {}
+def visible_gpus(gpus: Sequence[int], inherited: str | None) -> dict[str, str]:
+    """The variable that names a role's GPUs; none where it has those that Ray gave to its host.
+
+    Args:
+        gpus: numbers among those that this process sees.
+        inherited: what the variable says here: numbers, UUIDs or names of MIG slices; None: every GPU is seen.
+
+    Raises:
+        ConfigError: so many are not seen here.
+    """
+    if not gpus:
+        return {}
+    names = [str(gpu) for gpu in gpus]
+    if inherited is not None:
+        seen = [name.strip() for name in inherited.split(",") if name.strip()]
+        if max(gpus) >= len(seen):
+            raise ConfigError(
+                f"{VISIBLE}={inherited} names {len(seen)} GPUs, and GPU {max(gpus)} is needed; start Ray with the "
+                "same value of it, or without"
+            )
+        names = [seen[gpu] for gpu in gpus]
+    return {VISIBLE: ",".join(names)}
+
+
+def check_cores(role: str, cores: frozenset[int], there: Set[int]) -> None:
+    """Refuse cores that this node does not have.
+
+    Args:
+        role: its module, whose section of the config has the key.
+        cores: that it shall run on; empty: any.
+        there: that this process may use.
+
+    Raises:
+        ConfigError: naming the key and the cores.
+    """
+    missing = sorted(cores - there)
+    if missing:
+        named = ", ".join(map(str, missing[:8])) + (", ..." if missing[8:] else "")
+        raise ConfigError(
+            f"{role}.cores names {named}, of which node {socket.gethostname()} has none to give; it has {len(there)}, "
+            f"{min(there)} to {max(there)}"
+        )
 
 
 def _log_alarm(file: Path, error: OSError) -> dict[str, Any]:

@@ -1,18 +1,19 @@
 """One run from a checked config to its end: connect, place, supervise."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from treepo_async.cluster.hosts import Hosts, driver_variables, open_hosts
 from treepo_async.cluster.join import invited
 from treepo_async.cluster.narrate import Narrator
 from treepo_async.cluster.placement_text import describe as describe_placement
 from treepo_async.cluster.plan import Plan, demand_of
-from treepo_async.cluster.ray_cluster import ROOT, RayCluster, ray_cluster
+from treepo_async.cluster.ray_cluster import ROOT, RayCluster, check_token_file, ray_cluster
 from treepo_async.cluster.runtime_env import load_runtime_env, runtime_env_of
 from treepo_async.cluster.supervise import Supervisor, SupervisorRules
-from treepo_async.config.schema import Config
+from treepo_async.config.schema import ClusterConfig, Config
 from treepo_async.metrics.sinks import JsonlSink, Sink, SparedSink, TensorBoardSink
 from treepo_async.metrics.trace_log import TRACE_FILE, RotatingSink, TraceLog
 
@@ -25,6 +26,7 @@ def run(config: Config, plan: Plan, *, say: Callable[[str], None]) -> str:
         RoleError: a role died for good.
         StoppedError: a signal ended the run.
     """
+    cluster = _cluster(config, plan)
     sinks = _open_sinks(plan.run_dir, say, tensorboard=config.metrics.tensorboard)
     events = SparedSink(JsonlSink(plan.run_dir / "events.jsonl"), "events.jsonl", say)
     trace = (
@@ -38,48 +40,56 @@ def run(config: Config, plan: Plan, *, say: Callable[[str], None]) -> str:
         eval_timeout_s=config.eval.timeout_s,
     )
     try:
-        with (
-            _cluster(config, plan) as cluster,
-            _placed(config, plan, cluster, say) as (plan_there, hosts),
-            invited(plan_there),
-        ):
-            names = [role.name for role in plan_there.roles]
-            drawn = None if trace is None else TraceLog(trace.write)
-            narrator = Narrator(
-                config.steps, names, sinks, events, say, config.cluster.stall_s, drawn
-            )
-            return Supervisor(cluster, plan_there, rules, narrator, hosts).run()
+        with cluster as there:
+            plan_there, hosts = _place(config, plan, there, say)
+            with invited(plan_there):
+                names = [role.name for role in plan_there.roles]
+                drawn = None if trace is None else TraceLog(trace.write)
+                narrator = Narrator(
+                    config.steps, names, sinks, events, say, config.cluster.stall_s, drawn
+                )
+                return Supervisor(there, plan_there, rules, narrator, hosts).run()
     finally:
         for sink in [*sinks, events, *([] if trace is None else [trace])]:
             sink.close()
 
 
 def _cluster(config: Config, plan: Plan) -> contextlib.AbstractContextManager[RayCluster]:
-    demand = demand_of(config)
+    """The cluster of the run, not connected yet.
+
+    Raises:
+        ConfigError: a file that is named for it cannot be used.
+    """
+    demand, files = demand_of(config), check_files(config.cluster)
     return ray_cluster(
         config.cluster.ray_address,
         cache_dir=Path(config.cache_dir),
         num_cpus=len(plan.roles) + demand.layout.world_size + demand.engine_slots,
         token_file=config.cluster.token_file,
+        runtime_env=runtime_env_of(files, driver_variables(), root=ROOT),
     )
 
 
-@contextlib.contextmanager
-def _placed(
+def check_files(cluster: ClusterConfig) -> dict[str, Any]:
+    """Read what is named for an existing cluster. Gives the runtime environment as it is written.
+
+    Raises:
+        ConfigError: a file is missing, open to others, or holds something else.
+    """
+    if cluster.token_file is not None:
+        check_token_file(cluster.token_file)
+    return load_runtime_env(cluster.runtime_env)
+
+
+def _place(
     config: Config, plan: Plan, cluster: RayCluster, say: Callable[[str], None]
-) -> Iterator[tuple[Plan, Hosts]]:
+) -> tuple[Plan, Hosts]:
     """The plan as the cluster has it, and the hosts of its roles; on more than one node it is said who is where."""
     is_own = config.cluster.ray_address is None
-    runtime_env = {}
-    if not is_own:
-        written = load_runtime_env(config.cluster.runtime_env)
-        runtime_env = runtime_env_of(written, driver_variables(), root=ROOT)
-    plan, hosts, placement = open_hosts(
-        cluster.ray, config, plan, runtime_env=runtime_env, is_own=is_own
-    )
+    plan, hosts, placement = open_hosts(cluster.ray, config, plan, is_own=is_own)
     if placement.is_shared or len(placement.nodes) > 1:
         say(describe_placement(placement, demand_of(config)))
-    yield plan, hosts
+    return plan, hosts
 
 
 def _open_sinks(run_dir: Path, say: Callable[[str], None], *, tensorboard: bool) -> list[Sink]:

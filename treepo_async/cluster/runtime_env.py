@@ -42,14 +42,11 @@ def runtime_env_of(
 
     Args:
         written: what a person wrote; it wins.
-        variables: that every role needs.
-        root: folder of this package on the driver's machine, for nodes that mount it too.
+        variables: of the driver that every role has too.
+        root: folder of this package on the driver's machine, for nodes that mount it too; it comes first on the path.
     """
-    own = dict(variables)
+    env_vars = {**variables, **written.get("env_vars", {})}
     if not any(key in written for key in CARRIES_CODE):
-        theirs = str(written.get("env_vars", {}).get("PYTHONPATH", ""))
-        own["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [theirs])])
-        env_vars = {**written.get("env_vars", {}), **own}
-    else:
-        env_vars = {**own, **written.get("env_vars", {})}
+        theirs = str(env_vars.get("PYTHONPATH", ""))
+        env_vars["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [theirs])])
     return {**written, "env_vars": {name: str(value) for name, value in env_vars.items()}}

@@ -2,8 +2,8 @@
 
 Waits: for each role to be ready after its start (`start_timeout_s`), for the learner's `done`, then for the evaluation
 of the last version (`eval_timeout_s`). Without progress the narrator says who is waited for (`cluster.stall`). A role that
-is killed is started again, and goes on where the run stands; of those whose node is gone actors are started on another one,
-and all engines but the first are done without; one that ends by itself had a reason, and unless its spec
+is killed is started again, and goes on where the run stands; of those whose host is gone, with its node or alone, actors are
+started on another node, and all engines but the first are done without; one that ends by itself had a reason, and unless its spec
 says that it survives that, the run ends with a RoleError that carries its last lines. So it does when a role ends more
 often than its spec allows without a new step in between. What fails once the learner is done is only told: the model is
 there. The first Ctrl-C ends the run in order, the second one at once.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from treepo_async.cluster.hosts import Hosts
+from treepo_async.cluster.hosts import Hosts, last_line
 from treepo_async.cluster.narrate import Narrator
 from treepo_async.cluster.plan import Plan
 from treepo_async.cluster.ray_cluster import RayCluster
@@ -28,6 +28,10 @@ LOOK_S = 0.2
 REPORT_TIMEOUT_S = 60.0
 SETTLE_S = 5.0
 """How long the end of a run waits for the engine to tell of the last weights."""
+
+
+class HostGoneError(RoleError):
+    """The host of a role is gone, and its process with it; of a node that is going this shows long before Ray calls it dead."""
 
 
 class StoppedError(KeyboardInterrupt):
@@ -146,38 +150,52 @@ class Supervisor:
         return [self._report(*pair) for pair in zip(roles, pending, strict=True)]
 
     def _report(self, spec: RoleSpec, reference: Any) -> RoleReport:
-        """What a role has to tell; nothing of one that the run can do without, or elsewhere, once its node is gone."""
+        """What a role has to tell; nothing of one whose host is gone, where the run goes on.
+
+        Raises:
+            RoleError: it does not.
+        """
         try:
             report: RoleReport = self._get(spec.name, reference)
-        except RoleError:
-            if not self.hosts.is_lost(spec.name) or not self._does_without(spec):
+        except RoleError as error:
+            is_gone = isinstance(error, HostGoneError) or self.hosts.is_lost(spec.name)
+            # a terminal's Ctrl-C ends hosts too
+            if self._stopping or not is_gone:
                 raise
+            self._go_on_without(spec, error)
             return RoleReport([], None)
         return report
 
-    def _does_without(self, spec: RoleSpec) -> bool:
-        """Go on without a role as it was on a node that is gone: an actor on another node, engines on those that are left.
+    def _go_on_without(self, spec: RoleSpec, error: RoleError) -> None:
+        """Go on after the loss of a role's host: an actor has another one, engines leave their work to those that are left.
 
-        The learner and replay have what others do not, and the first engine evaluates: they are not done without.
+        Args:
+            spec: of the role.
+            error: that told of the loss.
+
+        Raises:
+            RoleError: the same; the learner and replay have what others do not, and the first engine evaluates.
         """
-        node = self.hosts.node_of(spec.name)
         if spec.module == "actor":
-            self._count_death(spec.name)
-            if self._num_deaths[spec.name] > spec.max_restarts:
-                return False
-            there = self.hosts.move(spec)
-            if there is None:
-                return False
-            self.narrator.line(f"{spec.name} was lost with node {node}; starting it on {there}")
-            self._start(spec)
-            return True
-        if spec.module == "engine" and spec.wiring.index > 0:
-            self.narrator.line(f"{spec.name} was lost with node {node}; going on without it")
+            self._move(spec, error)
+        elif spec.module == "engine" and spec.wiring.index > 0:
             self._forget(spec)
-            return True
-        return False
+        else:
+            raise error
+
+    def _move(self, spec: RoleSpec, error: RoleError) -> None:
+        self._count_death(spec.name)
+        node, there = self.hosts.node_of(spec.name), None
+        if self._num_deaths[spec.name] <= spec.max_restarts:
+            there = self.hosts.move(spec)
+        if there is None:
+            raise error
+        self.narrator.line(f"{spec.name} lost its host on node {node}; starting it on {there}")
+        self._start(spec)
 
     def _forget(self, spec: RoleSpec) -> None:
+        node = self.hosts.node_of(spec.name)
+        self.narrator.line(f"{spec.name} lost its host on node {node}; going on without it")
         del self.hosts.handles[spec.name]
         self.plan = replace(self.plan, roles=tuple(r for r in self.plan.roles if r is not spec))
         self.narrator.forget(spec.name)
@@ -187,14 +205,24 @@ class Supervisor:
         self.narrator.on_start(spec.name, pid)
 
     def _get(self, role: str, reference: Any) -> Any:
-        """The result of a call to a role's host."""
+        """The result of a call to a role's host.
+
+        Raises:
+            RoleError: there is none.
+        """
         ray = self.cluster.ray
         try:
             return ray.get(reference, timeout=REPORT_TIMEOUT_S)
+        except ray.exceptions.RayTaskError as error:
+            why = f"{type(error.cause).__name__}: {last_line(error.cause)}"
+            cause = f"cannot be run on node {self.hosts.node_of(role)}: {why}"
+            raise RoleError(role, cause, self._tail_of(role)) from error
         except ray.exceptions.RayError as error:
             first_line = next(iter(str(error).splitlines()), "")
             cause = f"lost its Ray worker on node {self.hosts.node_of(role)}: {type(error).__name__} {first_line}"
-            raise RoleError(role, cause, self._tail_of(role)) from error
+            is_gone = isinstance(error, ray.exceptions.RayActorError)
+            kind = HostGoneError if is_gone else RoleError
+            raise kind(role, cause, self._tail_of(role)) from error
 
     def _last_evaluation(self, num_steps: int) -> int:
         """The last policy step that is evaluated here, -1 for none; the data may have ended before the wanted steps."""
@@ -220,7 +248,8 @@ class Supervisor:
         return "\n".join(file.read_text().splitlines()[-30:]) if file.exists() else ""
 
     def _on_exit(self, spec: RoleSpec, report: RoleReport) -> None:
-        if report.exit_code == 0 and (self.narrator.done is not None or _follows(spec)):
+        is_over = self.narrator.done is not None or spec.name in self.narrator.over
+        if report.exit_code == 0 and is_over:
             return
         self._count_death(spec.name)
         cause = _cause(report.exit_code)
@@ -262,11 +291,6 @@ class Supervisor:
             raise StoppedError
         self._stopping = True
         self.narrator.line(f"{signal.Signals(number).name}: stopping; once more to stop at once")
-
-
-def _follows(spec: RoleSpec) -> bool:
-    """Whether it is a process of the learner that ends well only as the leader says, which is heard of a moment later."""
-    return spec.module == "learner" and spec.wiring.first_rank > 0
 
 
 def _cause(exit_code: int | None) -> str:

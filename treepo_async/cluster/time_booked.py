@@ -24,6 +24,8 @@ def time_booked(lines: Iterable[Line]) -> Verdict:
     by_process: dict[tuple[str, int], list[Line]] = defaultdict(list)
     for line in lines:
         by_process[line["process"], line["pid"]].append(line)
+    if not by_process:
+        return Verdict("time", holds=False, text="no process has told what its time went into")
     wrong = [
         f"{process}: {trouble}"
         for (process, _), of_process in by_process.items()

@@ -1,7 +1,7 @@
 """Whether a run's folder keeps its promises: what `invariants` says of what lies there. Nothing is written into it.
 
     replay/ -> see `verify_replay`
-    checkpoints/, weights/ -> each version against its manifest
+    checkpoints/, weights/ (or weights.dir) -> each version against its manifest
     metrics.jsonl -> what was told of each step
     events.jsonl -> what the time of each process went into
 
@@ -41,6 +41,7 @@ def verify_run(run_dir: Path, *, acks: Collection[Delivery] = ()) -> list[Verdic
         )
     config = load(run_dir / CONFIG_FILE)
     max_staleness = config.replay.max_staleness
+    publications = run_dir / "weights" if config.weights.dir is None else Path(config.weights.dir)
     records = [
         row
         for row in read_lines(run_dir / "metrics.jsonl")
@@ -58,7 +59,7 @@ def verify_run(run_dir: Path, *, acks: Collection[Delivery] = ()) -> list[Verdic
         invariants.steps_told(records),
         time_booked(_ledger_lines(run_dir / "events.jsonl")),
         _folders("checkpoints", run_dir / "checkpoints", _checkpoint_damage),
-        _folders("publications", run_dir / "weights", _publication_damage),
+        _folders("publications", publications, _publication_damage),
     ]
 
 

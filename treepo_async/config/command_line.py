@@ -101,7 +101,10 @@ def load(file: Path) -> Config:
 
 def describe() -> str:
     """The `--help` text of a run: every key, its default and what it means."""
-    usage = "python launch/run.py [config=NAME|FILE] [key=value ...] [--dry-run [--gpu-gib=80]]"
+    usage = (
+        "python launch/run.py [config=NAME|FILE] [key=value ...] "
+        "[--dry-run [--gpu-gib=80] [--nodes=4x8]]"
+    )
     exits = "0 done, 1 a role failed, 2 a bad key or value, 130 stopped by Ctrl-C"
     return _describe(Config, usage, exits)
 

@@ -20,6 +20,23 @@ def engine_urls(engine: EngineConfig) -> tuple[str, ...]:
     return tuple(url.strip().rstrip("/") for url in engine.url.split(","))
 
 
+def check_engine_tp(tp: int, *, on_gpus: bool, otherwise: str = "") -> None:
+    """Refuse engines of several processes without GPUs.
+
+    Args:
+        tp: of an engine that is started here.
+        on_gpus: whether it has GPUs.
+        otherwise: another way out, as the message ends.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if tp > 1 and not on_gpus:
+        raise ConfigError(
+            f"engine.tp={tp} splits an engine over GPUs, and there are none; give engine.tp=1{otherwise}"
+        )
+
+
 def response_limit(config: AnyConfig) -> int:
     """Most response tokens of a trajectory."""
     by_depth = config.tree.segment_tokens * config.tree.max_depth

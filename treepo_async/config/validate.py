@@ -80,7 +80,7 @@ def _check_combinations(config: AnyConfig) -> Iterator[str]:
             f"tree.width={tree.width} must not decrease in this order"
         )
     if tree.repetition_count == 1:
-        yield "tree.repetition_count=1 would end every segment; give 0 (never) or at least 2"
+        yield "tree.repetition_count=1 would end every path; give 0 (never) or at least 2"
     if config.reward.correct <= config.reward.wrong:
         yield f"reward.correct={config.reward.correct} must be above reward.wrong={config.reward.wrong}"
     if config.reward.overlong_tokens > response_limit(config):
@@ -216,6 +216,14 @@ def _check_host(cluster: ClusterConfig) -> Iterator[str]:
 def _check_cluster(config: Config) -> Iterator[str]:
     """What is said of a Ray cluster needs one."""
     cluster = config.cluster
+    address = cluster.ray_address
+    if address is not None and address.startswith("ray://"):
+        yield (
+            f"cluster.ray_address={address} is that of Ray's client, through which roles cannot be placed; start the "
+            "driver on a node of the cluster with cluster.ray_address=auto, or give the head's host:port"
+        )
+    if address == "local":
+        yield "cluster.ray_address=local starts no cluster of its own here; leave it out, which does"
     for key in ("token_file", "runtime_env"):
         if getattr(cluster, key) is not None and cluster.ray_address is None:
             yield (

@@ -104,8 +104,8 @@ class Wiring:
 
 
 def digest_of(file: Path) -> str:
-    """A short name for the content of a file; empty where there is none."""
+    """A short name for the content of a file; empty where there is none that can be read."""
     try:
         return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
-    except FileNotFoundError:
+    except OSError:
         return ""

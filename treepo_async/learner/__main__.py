@@ -47,6 +47,7 @@ def main(wiring: Wiring) -> None:
             partial(_work_as_told, config, wiring, layout),
             config.cluster.start_timeout_s,
             on_join=partial(emit, "ready"),
+            on_over=partial(emit, "over"),
         ).run()
         return
     with contextlib.closing(listen(wiring.group_address)) as listener:

@@ -13,7 +13,15 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from treepo_async.errors import TreepoError
-from treepo_async.learner.group_line import Line, LineError, Message, is_proof, nonce, proof
+from treepo_async.learner.group_line import (
+    GREETING,
+    Line,
+    LineError,
+    Message,
+    is_proof,
+    nonce,
+    proof,
+)
 from treepo_async.learner.node import Failure, Ranks, Work, spare_garbage
 
 RETRY_S = 0.2
@@ -33,6 +41,8 @@ class Follower:
     """What the ranks do, by what the leader says of a start."""
     join_timeout_s: float
     on_join: Callable[[], None]
+    on_over: Callable[[], None]
+    """Called when the leader has said that all is over: an exit code of 0 is that of a process that was asked to end, too."""
     _ranks: Ranks = field(default_factory=lambda: Ranks([], []))
     _generation: int = 0
     _failure: Failure | None = None
@@ -50,6 +60,7 @@ class Follower:
             self.on_join()
             try:
                 if self._follow(line):
+                    self.on_over()
                     return
             except LineError:
                 # the leader is gone, and joins a generation anew
@@ -132,10 +143,11 @@ class Follower:
             LineError: the other one does not, or is silent.
         """
         challenge, own = line.receive_one(ANSWER_S).get("nonce"), nonce()
+        if not isinstance(challenge, str):
+            raise LineError("it does not lead")
         words = [own, self.role, self.own_ranks.start, len(self.own_ranks)]
-        names = ("nonce", "role", "first_rank", "num_ranks")
         line.send(
-            **dict(zip(names, words, strict=True)),
+            **dict(zip(GREETING, words, strict=True)),
             proof=proof(self.secret, "follow", challenge, *words),
         )
         if not is_proof(

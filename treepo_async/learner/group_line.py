@@ -33,6 +33,9 @@ SEND_S = 10.0
 KEEPALIVE = ((socket.TCP_KEEPIDLE, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))
 """A node that is gone without a word is noticed after about 20 s."""
 
+GREETING = ("nonce", "role", "first_rank", "num_ranks")
+"""What a follower says of itself, in the order in which its proof is bound to it."""
+
 Message = Mapping[str, Any]
 
 
@@ -123,7 +126,7 @@ class Line:
 def _parse(line: bytes) -> Message:
     try:
         found = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LineError(f"no JSON: {error}") from error
     if not isinstance(found, dict):
         raise LineError("no JSON object")
@@ -158,4 +161,8 @@ def proof(secret: bytes, *words: Any) -> str:
 
 def is_proof(said: Any, secret: bytes, *words: Any) -> bool:
     """Whether a proof is right."""
-    return isinstance(said, str) and hmac.compare_digest(said, proof(secret, *words))
+    if not isinstance(said, str):
+        return False
+    # as text it would have to be ASCII; what cannot be encoded is no proof either
+    found = said.encode(errors="replace")
+    return hmac.compare_digest(found, proof(secret, *words).encode())

@@ -19,6 +19,7 @@ from typing import Any
 
 from treepo_async.errors import TreepoError
 from treepo_async.learner.group_line import (
+    GREETING,
     Line,
     LineError,
     Message,
@@ -243,12 +244,15 @@ class Leader:
             LineError: it does not know the secret, or is gone.
         """
         challenge = self._strangers.pop(line)
-        words = [said.get(name) for name in ("nonce", "role", "first_rank", "num_ranks")]
+        words: list[Any] = [said.get(name) for name in GREETING]
+        # before anything is made of them: whoever it is may have sent anything
+        if [type(word) for word in words] != [str, str, int, int]:
+            raise LineError("it says what no node says")
         if not is_proof(said.get("proof"), self.secret, "follow", challenge, *words):
             raise LineError("it does not know the secret")
-        line.send(proof=proof(self.secret, "lead", words[0], challenge))
-        first, number = int(said["first_rank"]), int(said["num_ranks"])
-        return _Node(str(said["role"]), range(first, first + number), line)
+        own, role, first, number = words
+        line.send(proof=proof(self.secret, "lead", own, challenge))
+        return _Node(role, range(first, first + number), line)
 
     def _tell(self, node: _Node, **message: Any) -> None:
         try:

@@ -177,10 +177,12 @@ def _failure(rank: Rank) -> Failure:
     if code < 0:
         cause = f"rank {rank.number} was killed by {signal.Signals(-code).name}"
         return Failure(cause, is_final=False, was_killed=True)
-    if rank.words.poll():
+    try:
         said = json.loads(rank.words.recv_bytes())
-        return Failure(f"rank {rank.number}: {said['cause']}", said["is_final"])
-    return Failure(f"rank {rank.number} ended with code {code}", is_final=False)
+    except (EOFError, OSError):
+        # it ended without a word, or within one
+        return Failure(f"rank {rank.number} ended with code {code}", is_final=False)
+    return Failure(f"rank {rank.number}: {said['cause']}", said["is_final"])
 
 
 def _main(work: Work, number: int, words: Connection, parent: int) -> None:
