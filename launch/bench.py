@@ -17,7 +17,7 @@ folder and by broadcast, against a plain copy of the same bytes.
 `curves ARM=RUN,RUN... [out=DIR]`: held-out accuracy of runs side by side, over decoded tokens and over updates.
 `staleness RUN|DIR... [out=DIR]`: what staleness and corrections did to the learning of runs, mean and spread over seeds.
 `sim [actors=8,16,32,64,128,256,512,1024] [out=DIR]`: how far a run can grow, simulated; `sim calibrate=RUN predict=RUN,RUN`: what a real run
-predicts for others; `sim validate=DIR`: the same with three runs that are made there.
+predicts for others; `sim validate=DIR [seed=0]`: the same with three runs that are made there.
 `sweep KEY=VALUE,VALUE ... out=DIR ["keys=KEY=VALUE ..."] [warm=tiny] [url=URL] [ray=ADDRESS]`: a run for each combination.
 `guard [only=NAME,NAME] [update=RUNS]`: whether a part has become slower than `baselines.json` allows.
 """

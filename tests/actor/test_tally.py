@@ -6,7 +6,16 @@ import pytest
 from tests.oracle import random_tree
 from treepo_async.actor.tally import Tally, duration
 from treepo_async.scoring.failures import Failure
-from treepo_async.types import Provenance, StopReason
+from treepo_async.types import (
+    ROOT,
+    PolicyVersion,
+    Prompt,
+    Provenance,
+    Sampling,
+    Segment,
+    StopReason,
+    Tree,
+)
 
 
 class Clock:
@@ -19,6 +28,28 @@ class Clock:
 def tree_with(**costs):
     tree = random_tree(np.random.default_rng(3), num_segments=8)
     return replace(tree, provenance=Provenance("l", "a", **costs))
+
+
+def forked(parents, lengths, **costs):
+    """A tree of segments of at most 4 tokens, with their parents and lengths."""
+    leaves = {i for i in range(len(parents)) if i not in parents}
+    segments = tuple(
+        Segment(
+            parent,
+            0 if parent == ROOT else 1,
+            np.ones(length, np.int32),
+            np.full(length, -0.5, np.float32),
+            PolicyVersion(0, 0),
+            StopReason.EOS if i in leaves else None,
+        )
+        for i, (parent, length) in enumerate(zip(parents, lengths, strict=True))
+    )
+    scores = np.ones(len(leaves), np.float32)
+    prompt = Prompt("p", np.ones(2, np.int32), "", "")
+    sampling = Sampling(1.0, 4, 2, width=len(leaves), branching_factor=2)
+    tree = Tree(prompt, segments, scores, scores, sampling, Provenance("l", "a", **costs))
+    tree.check()
+    return tree
 
 
 @pytest.fixture
@@ -88,6 +119,46 @@ def test_the_summary_counts_what_was_delivered_and_what_was_pruned(clock):
     assert text["reward"] == "mean +1.000, accuracy 1.000, errors 1 (raised 1)"
     assert text["pruned"] == "1"
     assert text["cache"] == "90% of prefix tokens"
+
+
+def rows_of(*trees, clock):
+    tally = Tally(len(trees), clock)
+    for tree in trees:
+        tally.add(tree)
+    return dict(line.split(None, 1) for line in tally.summary())
+
+
+def test_the_summary_tells_how_much_longer_trees_are_than_independent_samples(clock):
+    # a path of 2 tokens ends; the other one, of 4, forks into two that go on with 4 more
+    early = forked([ROOT, ROOT, 1, 1], [2, 4, 4, 4])
+    # lengths 2, 8, 8 with weights 1/2, 1/4, 1/4
+    assert rows_of(early, clock=clock)["length"] == (
+        "6.0 tokens of a trajectory, mean; unbiased 5.0, trees make it +20%"
+    )
+    # two more, of 4 and 2 with 1/2 each: 24 tokens of 5, and weighted 5 + 3 of 2 trees
+    flat = forked([ROOT, ROOT], [4, 2])
+    assert rows_of(early, flat, clock=clock)["length"] == (
+        "4.8 tokens of a trajectory, mean; unbiased 4.0, trees make it +20%"
+    )
+
+
+def test_where_nothing_was_saved_and_lengths_have_no_bias_the_summary_says_nothing_of_it(clock):
+    rows = rows_of(forked([ROOT, ROOT], [4, 2]), clock=clock)
+    assert rows["length"] == "3.0 tokens of a trajectory, mean"
+    assert "saved" not in rows
+
+
+def test_the_summary_adds_up_the_tokens_that_paths_cut_short_did_not_cost(clock):
+    trees = [forked([ROOT], [3], saved_tokens=saved) for saved in (5, 0, 7)]
+    assert rows_of(*trees, clock=clock)["saved"] == (
+        "12 tokens by pruning and repetition stops, estimated"
+    )
+
+
+def test_a_start_whose_paths_were_all_pruned_has_no_length(clock):
+    tree = forked([ROOT], [3])
+    pruned = replace(tree, segments=(replace(tree.segments[0], stop=StopReason.PRUNED),))
+    assert rows_of(pruned, clock=clock)["length"] == "-"
 
 
 def test_the_summary_of_a_start_that_did_nothing_is_short(clock):

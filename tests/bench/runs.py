@@ -62,7 +62,12 @@ def write_run(
         "engines": 1,
         "actor": {"concurrent_trees": 4},
         "engine": {"update_mode": "drain", "max_running_requests": 16},
-        "replay": {"prompts_per_batch": 3, "max_staleness": staleness},
+        "replay": {
+            "prompts_per_batch": 3,
+            "max_staleness": staleness,
+            "drop_degenerate": True,
+            "max_refills": 64,
+        },
         "learner": learner,
         "tree": TREE,
     }

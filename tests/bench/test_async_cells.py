@@ -4,6 +4,7 @@ import pytest
 
 from treepo_async.bench.async_arms import settings_of
 from treepo_async.bench.async_cells import RUN_KEYS, parse
+from treepo_async.bench.async_real import keys_of
 from treepo_async.bench.async_rows import Arm
 from treepo_async.config.command_line import parse as parse_run
 from treepo_async.errors import ConfigError
@@ -31,9 +32,11 @@ def test_words_replace_what_they_name():
         (["seeds=-1"], "seeds='-1' is not a whole number from 0"),
         (["token_ms=nan"], "token_ms='nan' is not a number above 0"),
         (["learner.lr=1"], "learner.lr=1 is a key of a run; backend=scripted has none"),
-        (["steps=4", "warm_up=4"], "steps=4 leaves nothing after warm_up=4"),
+        (["backend=real", "width=32"], "width=32 is of backend=scripted and sim, real would not"),
+        (["steps=30"], "steps=30 is of backend=sim and real, scripted would not heed it; leave"),
+        (["backend=sim", "steps=4", "warm_up=4"], "steps=4 leaves nothing after warm_up=4"),
         (["update=drain"], "update='drain' is unknown"),
-        (["actor_core=2"], "actor_core='2' is unknown; it is one of 0, 1"),
+        (["backend=real", "actor_core=2"], "actor_core='2' is unknown; it is one of 0, 1"),
     ],
 )
 def test_a_bad_word_is_refused_by_name(words, message):
@@ -47,6 +50,18 @@ def test_each_seed_begins_with_another_arm_and_has_all():
     assert sorted(cells) == sorted(
         (arm, seed) for arm in (Arm.SYNC, Arm.ASYNC) for seed in range(3)
     )
+
+
+def test_words_of_the_command_line_win_over_the_keys_of_every_run():
+    words = ["tree.width=32", "replay.prompts_per_batch=16", "tree.max_depth=6", "eval.samples=2"]
+    options = parse(["backend=real", *words])
+    settings = settings_of(Arm.SYNC, staleness=1, update_mode="retract")
+    config = parse_run(
+        keys_of(settings, seed=0, steps=9, run_dir=Path("run"), more=options.run_keys)
+    )
+    assert (config.tree.width, config.replay.prompts_per_batch) == (32, 16)
+    assert (config.tree.max_depth, config.eval.samples) == (6, 2)
+    assert (config.steps, config.eval.every, config.tree.segment_tokens) == (9, 9, 20)
 
 
 @pytest.mark.parametrize("arm", Arm)

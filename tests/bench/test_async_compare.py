@@ -8,8 +8,9 @@ import pytest
 from treepo_async.bench import async_real
 from treepo_async.bench.async_arms import settings_of
 from treepo_async.bench.async_cells import parse
-from treepo_async.bench.async_compare import compare
+from treepo_async.bench.async_compare import compare, real_words
 from treepo_async.bench.async_rows import Arm
+from treepo_async.config.command_line import parse as parse_run
 from treepo_async.errors import ConfigError, TreepoError
 
 SIM = ["backend=sim", "steps=8", "warm_up=3", "actors=2", "prompts=4"]
@@ -63,6 +64,10 @@ def test_scripted_processes_keep_the_bound_of_their_arm_and_overlap_where_it_say
     with (tmp_path / "ledger.csv").open() as stream:
         ledger = list(csv.DictReader(stream))
     assert {row["role"] for row in ledger} == {"learner", "actor", "engine"}
+    idle = {
+        row["arm"]: row for row in ledger if (row["role"], row["account"]) == ("engine", "idle")
+    }
+    assert float(idle["sync"]["seconds"]) > 0, "no request runs while the learner trains"
     # waits are summed over both slots of both actors, so none is more than the whole
     assert all(float(row["seconds"]) > -0.1 for row in ledger)
     assert not list((tmp_path / "work").glob("*/replay"))
@@ -74,10 +79,18 @@ def test_a_scripted_process_that_fails_ends_the_comparison_with_its_words(tmp_pa
         compared(tmp_path, *tiny, "publish_ms=9000", "arms=sync", "seeds=0")
 
 
+@pytest.mark.parametrize("arm", Arm)
+def test_a_real_run_has_steps_for_its_stock_behind_those_that_count_in_every_arm(tmp_path, arm):
+    options = parse(["backend=real", "steps=20", "staleness=3"])
+    config = parse_run(real_words(options, arm, 0, tmp_path))
+    assert (config.steps, config.eval.every) == (23, 23)
+    assert config.replay.max_staleness <= 3
+
+
 def test_a_run_that_fails_is_told_with_its_last_words(tmp_path):
     settings = settings_of(Arm.SYNC, staleness=1, update_mode="retract")
     words = async_real.keys_of(
         settings, seed=0, steps=2, run_dir=tmp_path / "run", more=["no.such_key=1"]
     )
     with pytest.raises(TreepoError, match=r"sync seed 0: the run ended with 2: error: .*no"):
-        async_real.run_cell(Arm.SYNC, words, tmp_path / "run", seed=0, warm_up=1)
+        async_real.run_cell(Arm.SYNC, words, tmp_path / "run", seed=0, warm_up=1, last=2)

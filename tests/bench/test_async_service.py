@@ -91,6 +91,38 @@ def test_a_running_request_sees_new_weights_at_the_end_of_a_chunk(mode, mixed, s
     assert (took, at_gate) == (pytest.approx(seconds), pytest.approx(3.0))
 
 
+def test_an_engine_is_busy_while_a_request_of_any_tree_runs():
+    async def work():
+        clock = asyncio.get_running_loop().time
+        tally = GateTally(clock)
+        service = Service(1e6, 10, SERVICE.token_s, SERVICE.prefill_token_s, SERVICE.chunk_tokens)
+
+        async def tree(*tokens):
+            engine = TimedEngine(
+                service, PlannedGate(10, 12), UpdateMode.DRAIN, 10, random.Random(0), tally, clock
+            )
+            for number in tokens:
+                await engine.extend([7] * 10, num_runs=2, max_new_tokens=number, sampling=SAMPLING)
+                await asyncio.sleep(4)
+
+        # one decodes until 3, from 7 to 8 and from 12 to 13 behind the gate; the other until 5 and from 9 to 12.5
+        await asyncio.gather(tree(6, 2, 2), tree(10, 7))
+        return tally.take_busy(), tally.take_busy()
+
+    busy, after = run_virtually(work())
+    assert busy == [(0, 5), (7, 8), (9, 13)]
+    assert after == []
+
+
+def test_what_runs_is_told_up_to_the_moment_and_never_twice():
+    now = iter([1.0, 2.0, 5.0])
+    tally = GateTally(lambda: next(now))
+    tally.begin_request()
+    assert tally.take_busy() == [(1.0, 2.0)]
+    tally.end_request()
+    assert tally.take_busy() == [(2.0, 5.0)]
+
+
 def test_a_drained_request_never_sees_new_weights():
     (completion,), took, _ = extend(UpdateMode.DRAIN, PlannedGate(1, 5))
     assert completion.run.spans == ((OLD, 12, False),)

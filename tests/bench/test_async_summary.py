@@ -78,12 +78,19 @@ def test_the_tables_have_each_arm_against_both_synchronous_ones_and_what_it_adds
     cells = [cell("sync2", step_s=1.0), cell("sync"), cell("async", step_s=0.5)]
     cells += [cell("async_inflight", step_s=0.25)]
     text = async_report.text(cells, summarize(cells))
-    assert "| sync2 | 2.00 | 1.00 | - | - |" in text
-    assert "| sync | 1.00 | 0.50 | - | - |" in text
-    assert "| async | 4.00 | 2.00 | overlap + staleness | 4.00 |" in text
-    assert "| async_inflight | 8.00 | 4.00 | in-flight updates | 2.00 |" in text
+    assert "| sync2 | 2.00 | 1.00 | - | - | - |" in text
+    assert "| sync | 1.00 | 0.50 | - | - | - |" in text
+    assert "| async | 4.00 | 2.00 | overlap + staleness | 4.00 | 4.00 |" in text
+    assert "| async_inflight | 8.00 | 4.00 | in-flight updates | 2.00 | 2.00 |" in text
     assert "| learner | sync | 75.0% | 25.0% |" in text
     assert "| sync | 50.0% (ESS 1.000) | 50.0% (ESS 0.900) |" in text
+
+
+def test_a_rung_whose_trees_have_another_shape_is_told_in_unique_tokens_too():
+    eager = cell("async_eager", trained_tokens=200, trained_tokens_unique=30)
+    cells = [cell("sync"), cell("async_inflight"), eager]
+    text = async_report.text(cells, summarize(cells))
+    assert "| async_eager | 2.00 | - | no barrier in a tree | 2.00 | 0.50 |" in text
 
 
 def test_a_column_of_which_nothing_is_known_is_left_out():

@@ -18,15 +18,22 @@ from treepo_async.bench.guard import (
 from treepo_async.bench.guard_checks import (
     all_checks,
     arm_ratio,
+    async_plain_ratio,
     burst_ratio,
     codec_ratio,
+    learner_plain_ratio,
     learner_ratio,
+    products_s,
+    sync_step_s,
     weights_ratio,
 )
 from treepo_async.errors import ConfigError, DataError, TreepoError
 from treepo_async.wire.codec import decode_tree, encode_tree
 
 BASE = Baseline(2.0, 0.2, (2.0,), "", "")
+
+
+HERE = "this machine"
 
 
 def check(*values, is_exact=False, name="part"):
@@ -92,6 +99,16 @@ def test_an_update_leaves_the_baselines_of_others(tmp_path):
     assert {name: base.value for name, base in read_baselines(file).items()} == {"a": 9.0, "b": 5.0}
 
 
+def test_baselines_are_measured_in_turn_so_that_checks_of_one_command_share_its_runs(tmp_path):
+    order = []
+    checks = [
+        Check(name, "", "", lambda name=name: order.append(name) or 1.0, is_exact)
+        for name, is_exact in (("a", False), ("b", True), ("c", False))
+    ]
+    guard(checks, parse(["update=3"]), silent, tmp_path / "baselines.json")
+    assert "".join(order) == "abcacac"
+
+
 def test_every_check_has_a_committed_baseline_and_none_is_left_over():
     assert set(read_baselines(BASELINES)) == {check.name for check in all_checks()}
 
@@ -121,6 +138,30 @@ def test_ratios_of_processor_time_are_of_sums_over_all_rounds():
     assert burst_ratio(bursts, "bare", "wire") == 0.5
 
 
+def test_what_slows_both_ways_of_the_learner_down_shows_against_fixed_products_alone():
+    def rows(factor):
+        return [{"way": way, "cpu_s": f"{factor * s}"} for way, s in (("flat", 4.0), ("tree", 2.0))]
+
+    assert learner_ratio(rows(2)) == learner_ratio(rows(1)) == 2.0
+    assert (learner_plain_ratio(rows(1), 0.5), learner_plain_ratio(rows(2), 0.5)) == (0.25, 0.125)
+    assert products_s(rounds=1) > 0
+
+
+def test_what_slows_both_arms_down_shows_against_the_script_alone():
+    def rows(factor):
+        arms = (("sync", 4.0), ("async_inflight", 2.0))
+        return [
+            {"arm": a, "tokens_per_s": f"{1 / (factor * s)}", "step_s": f"{factor * s}"}
+            for a, s in arms
+        ]
+
+    ratios = [arm_ratio(rows(factor), Arm.ASYNC_INFLIGHT, Arm.SYNC) for factor in (1, 2)]
+    assert ratios == pytest.approx([2.0, 2.0])
+    assert [async_plain_ratio(rows(factor), 3.0) for factor in (1, 2)] == [0.75, 0.375]
+    # a batch is trained in one second and has no wait of its own in a script
+    assert 2.0 < sync_step_s() < 4.0
+
+
 def test_ratios_of_arms_and_of_updates():
     rates = [{"arm": "sync", "tokens_per_s": "10"}, {"arm": "async_inflight", "tokens_per_s": "25"}]
     assert arm_ratio(rates, Arm.ASYNC_INFLIGHT, Arm.SYNC) == 2.5
@@ -143,4 +184,19 @@ def test_words_and_files_that_are_wrong_are_named(tmp_path):
 
 def test_the_table_says_where_a_baseline_is_missing():
     finding = compared(check(1.0), None, silent)
-    assert "| part | a over b | 1.000 |  |  | no baseline |" in table([finding])
+    assert "| part | a over b | 1.000 |  |  | no baseline |" in table([finding], HERE)
+
+
+def test_the_table_says_which_baselines_are_of_another_machine_unless_they_hold_on_all():
+    def finding(name, machine, is_exact=False):
+        base = replace(BASE, machine=machine)
+        return compared(check(2.0, name=name, is_exact=is_exact), base, silent)
+
+    own, other, exact = (
+        finding("own", HERE),
+        finding("other", "64 cores"),
+        finding("exact", "64 cores", True),
+    )
+    text = table([own, other, exact], HERE)
+    assert "This machine is this machine. The baselines of other are of another: 64 cores." in text
+    assert "another" not in table([own, exact], HERE)

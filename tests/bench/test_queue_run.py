@@ -1,6 +1,9 @@
 """One replay process, started once, serves all of these."""
 
 import asyncio
+import os
+import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,7 +13,7 @@ from treepo_async.bench.queue_actors import ActorsSpec, run
 from treepo_async.bench.queue_cells import BATCH_SIZE, parse
 from treepo_async.bench.queue_client import QueueClient
 from treepo_async.bench.queue_replay import RUN_ID, Arm
-from treepo_async.bench.queue_run import bursts, latency, running
+from treepo_async.bench.queue_run import bursts, latency, processor_s, running
 from treepo_async.bench.queue_trees import Deliveries, make_tree
 from treepo_async.errors import TreepoError
 
@@ -33,6 +36,32 @@ def test_a_burst_is_acknowledged_tree_by_tree_and_drawn_whole(replay):
     assert sample.disk_bytes_per_token < 10
     # nothing is left: what comes next can be drawn whole again
     bursts({Arm.DURABLE: replay}, FEW, OPTIONS, 2)
+
+
+def test_processor_time_is_told_finer_than_ticks_and_of_every_thread():
+    def burn():
+        until = time.thread_time() + 0.005
+        while time.thread_time() < until:
+            pass
+        burnt.set()
+        done.wait()
+
+    def settled():
+        # the kernel books what a thread ran once it sleeps
+        time.sleep(0.01)
+        return processor_s(os.getpid())
+
+    burnt, done = threading.Event(), threading.Event()
+    thread = threading.Thread(target=burn)
+    before = settled()
+    thread.start()
+    burnt.wait()
+    spent = settled() - before
+    done.set()
+    thread.join()
+    assert 0.005 <= spent < 0.0095
+    with pytest.raises(TreepoError, match=r"/proc/0/task/\*/schedstat is not there"):
+        processor_s(0)
 
 
 def test_latency_counts_from_when_a_tree_was_due(replay):

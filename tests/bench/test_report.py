@@ -1,7 +1,8 @@
 import csv
+from dataclasses import replace
 
 from tests.bench.made import CELL, pair
-from treepo_async.bench import plot, report
+from treepo_async.bench import paper, plot, report
 from treepo_async.bench.summary import summarize
 
 SUMMARY = summarize([pair(1, 2.0, 3.0), pair(2, 4.0, 4.0), pair(3, 1.0, 2.0)])
@@ -26,6 +27,44 @@ def test_the_table_has_a_row_for_each_cell_and_says_what_is_common(tmp_path):
     assert (
         "| 4 x 8 | 4 | 2 | 10 | 3 | **1.50** (1.00 - 2.00) | 1.50 | 2.00 | 75% | 0.500 | 95.0% | 4.0 / 2.7 |"
     ) in text
+
+
+def rows_under(heading, text):
+    """The cells of each row of the first table behind a line, by column."""
+    lines = text.partition(heading)[2].strip().splitlines()
+    header, _, *rows = (line[2:-2].split(" | ") for line in lines[: [*lines, ""].index("")])
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_the_table_tells_of_both_arms_what_was_decoded_computed_and_served_and_how_fast(tmp_path):
+    report.write_table(tmp_path / "table.md", [SUMMARY])
+    text = (tmp_path / "table.md").read_text()
+    (speed,) = rows_under(f"{report.setup(CELL)}:", text)
+    assert speed["**speed-up**"] == "**1.50** (1.00 - 2.00)"
+    assert speed["trajectories/s"] == "4.0 / 2.7"
+    # medians of wall times are 2 and 3 s: (240 + 8 * 10) / 2, (200 + 8 * 10) / 3
+    assert speed["tokens/s"] == "160 / 93"
+    # (120 + 40) / 2, (200 + 8) / 3
+    assert speed["without cached prefix"] == "80 / 69"
+    assert speed["mean length"] == "30 / 25"
+    (work,) = rows_under("What it took:", text)
+    assert work["wall time, s"] == "2.00 / 3.00"
+    assert work["decoded tokens"] == "120 / 200"
+    assert work["delivered tokens"] == "240 / 200"
+    assert work["prefix tokens computed"] == "40 / 8"
+    assert work["prefix tokens from the cache"] == "260 / 72"
+
+
+def test_each_set_up_has_tables_of_its_own_and_the_paper_stands_once(tmp_path):
+    other = replace(CELL, layers=4)
+    summaries = [SUMMARY, summarize([tuple(replace(s, cell=other) for s in pair(1, 2.0, 3.0))])]
+    report.write_table(tmp_path / "table.md", summaries)
+    text = (tmp_path / "table.md").read_text()
+    for cell in (CELL, other):
+        assert len(rows_under(f"{report.setup(cell)}:", text)) == 1
+    assert text.count("What it took:") == 2
+    assert text.count("paper: depth x segment") == 1
+    assert text.rstrip().endswith(paper.NOTES)
 
 
 def test_the_rows_of_cells_csv_name_every_figure(tmp_path):

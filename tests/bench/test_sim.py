@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from tests.bench.runs import step, write_run
@@ -10,12 +12,16 @@ from treepo_async.bench.sim_scale import draw, scale_of, table, write
 from treepo_async.errors import ConfigError, TreepoError
 
 
-def test_validation_makes_three_runs_once_and_predicts_two_from_the_first(tmp_path):
-    made = []
+class Launcher:
+    """Makes runs that were never made."""
 
-    def launch(keys, log, timeout_s):
-        made.append([key for key in keys if key.startswith("replay.")])
+    def __init__(self):
+        self.made = []
+
+    def __call__(self, keys, log, timeout_s):
+        self.made.append(keys)
         values = dict(key.split("=") for key in keys)
+        # fails where there is a folder already
         folder = write_run(
             sim.Path(values["run_dir"]),
             [step(number) for number in range(1, 13)],
@@ -26,10 +32,39 @@ def test_validation_makes_three_runs_once_and_predicts_two_from_the_first(tmp_pa
         (folder / "model" / "policy_version").write_text("0.12")
         return 0
 
-    text = sim.validated(tmp_path, launch, lambda line: None)
-    assert made == [list(cell.keys) for cell in sim.VALIDATION]
-    assert [line.split(" | ")[0] for line in text.splitlines()[-2:]] == ["| synchronous", "| large"]
-    assert sim.validated(tmp_path, None, lambda line: None) == text
+
+def silent(line):
+    pass
+
+
+def test_validation_makes_three_runs_of_a_seed_once_and_predicts_two_from_the_first(tmp_path):
+    launch = Launcher()
+    text = sim.validated(tmp_path, 3, launch, silent)
+    for cell, keys in zip(sim.VALIDATION, launch.made, strict=True):
+        assert {*cell.keys, "seed=3"} < set(keys)
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:] == ["| synchronous", "| large"]
+    assert sim.validated(tmp_path, 3, None, silent) == text
+
+
+def test_a_validation_run_that_was_stopped_is_made_again_from_its_beginning(tmp_path):
+    sim.make_runs(tmp_path, 0, Launcher(), silent)
+    # one was stopped on its way, one before it was noted that it ended well
+    shutil.rmtree(tmp_path / "ahead" / "model")
+    (tmp_path / "large.cell.json").unlink()
+    launch = Launcher()
+    sim.make_runs(tmp_path, 0, launch, silent)
+    assert [dict(key.split("=") for key in keys)["run_dir"] for keys in launch.made] == [
+        str(tmp_path / "ahead"),
+        str(tmp_path / "large"),
+    ]
+
+
+def test_a_finished_run_of_another_seed_is_neither_taken_nor_removed(tmp_path):
+    sim.make_runs(tmp_path, 0, Launcher(), silent)
+    with pytest.raises(ConfigError, match="holds a run with"):
+        sim.make_runs(tmp_path, 3, Launcher(), silent)
+    assert (tmp_path / "ahead" / "model" / "policy_version").is_file()
 
 
 def test_a_validation_run_that_fails_ends_it_with_its_last_words(tmp_path):
@@ -38,14 +73,16 @@ def test_a_validation_run_that_fails_ends_it_with_its_last_words(tmp_path):
         return 1
 
     with pytest.raises(TreepoError, match=r"ahead failed with 1.*the engine did not start"):
-        sim.validated(tmp_path, launch, lambda line: None)
+        sim.validated(tmp_path, 0, launch, silent)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["calibrate=a"], "go together"),
-        (["validate=a", "actors=8"], "without other keys"),
+        (["validate=a", "actors=8"], "seed=N alone"),
+        (["seed=3"], "goes with validate=DIR alone"),
+        (["validate=a", "seed=x"], "seed=x is not a whole number"),
         (["actors=8,12"], "multiples of 8"),
         (["actors=x"], "multiples of 8"),
         (["size=8"], "unknown key size"),
@@ -80,8 +117,11 @@ def test_simulated_arms_have_the_rows_of_the_others_and_their_order():
     assert rates["sync"] < rates["sync2"] < rates["async_inflight"]
     for cell in cells:
         assert len(cell.steps) == options.steps - options.warm_up
-        assert {row.account for row in cell.ledger if row.role == "engine"} == {
-            "compute",
-            "idle",
-            "sync",
-        }
+        # accounts are of the same time as the steps
+        learner_s = sum(row.seconds for row in cell.ledger if row.role == "learner")
+        assert learner_s == pytest.approx(cell.steps[-1].seconds)
+        # nor is the end in it, when what was laid in before is trained
+        arrived = sum(step.arrived_trees for step in cell.steps)
+        assert arrived >= 0.97 * sum(step.trained_trees for step in cell.steps)
+        engine = {row.account for row in cell.ledger if row.role == "engine"}
+        assert {"compute", "sync"} <= engine <= {"compute", "sync", "idle"}

@@ -97,7 +97,7 @@ def test_a_lease_that_cannot_be_had_is_granted_after_the_publication_that_admits
     granted, batches = [], []
     for _ in range(2):
         replay.lease(lambda number, least: granted.append((clock.now, number, least)))
-    clock.after(1.0, lambda: replay.put(0, "a", has_spread=True, acknowledged=lambda: None))
+    clock.after(1.0, lambda: replay.put(0, "a", has_spread=True, acknowledged=lambda kept: None))
     clock.after(2.0, lambda: replay.next_batch(batches.append))
     clock.after(3.0, lambda: replay.publish(1))
     clock.run(lambda: len(granted) == 2)

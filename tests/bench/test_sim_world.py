@@ -4,6 +4,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from treepo_async.bench.sim_drops import Drops
 from treepo_async.bench.sim_engine import LOOK_S, MODES, EngineSpeed
 from treepo_async.bench.sim_replay import ReplaySpeed
 from treepo_async.bench.sim_settings import LearnerSpeed, SimSettings, WeightsSpeed
@@ -33,6 +34,7 @@ EVEN = SimSettings(
     replay=ReplaySpeed(0.0, 0.0, 0.0),
     weights=WeightsSpeed(publish_s=0.0, load_s=0.2),
 )
+PROCESSES = {"learner": 1, "engine": 1, "replay": 1, "actor": 2 * SMALL.trees_per_actor}
 T_GEN, T_TRAIN = 8 * 0.1, 0.5
 
 
@@ -103,9 +105,85 @@ def test_the_asynchronous_arm_comes_near_the_slower_of_generation_and_training(t
 def test_the_accounts_of_a_role_sum_to_the_time_of_its_processes():
     result = run(SMALL, actors=2)
     seconds = result.steps[-1].end_s
-    processes = {"learner": 1, "engine": 1, "replay": 1, "actor": 2 * SMALL.trees_per_actor}
-    for role, number in processes.items():
+    for role, number in PROCESSES.items():
         assert sum(result.seconds[role].values()) == pytest.approx(number * seconds)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    warm_up=st.integers(1, 4),
+    mode=st.sampled_from(MODES),
+    load_s=st.floats(0, 2),
+    seed=st.integers(0, 9),
+)
+def test_accounts_begin_behind_the_warm_up_and_none_is_negative(warm_up, mode, load_s, seed):
+    settings = replace(SMALL, update_mode=mode, weights=WeightsSpeed(load_s=load_s), seed=seed)
+    result = World(settings).run(warm_up=warm_up)
+    seconds = result.steps[-1].end_s - result.steps[warm_up - 1].end_s
+    for role, number in PROCESSES.items():
+        assert sum(result.seconds[role].values()) == pytest.approx(number * seconds)
+        assert min(result.seconds[role].values()) > -1e-9
+
+
+def test_an_actor_waits_for_data_where_the_learner_is_behind_and_for_the_queue_while_a_tree_is_taken():
+    slow = run(EVEN, learner=LearnerSpeed(batch_s=9.0, token_s=0.0))
+    assert slow.share("actor", "wait_data") > 0.8
+    # two slots, eight steps of a tree each: a tree takes half a second of replay, the second one waits for it too
+    taken = run(EVEN, replay=ReplaySpeed(0.0, 0.5, 0.0))
+    assert taken.seconds["actor"]["wait_queue"] == pytest.approx(8 * (0.5 + 1.0))
+    # scoring is work
+    assert run(EVEN, score_s=0.5).seconds["actor"]["compute"] == pytest.approx(
+        run(EVEN).seconds["actor"]["compute"] + 16 * 0.5
+    )
+
+
+def test_a_tree_that_is_shut_out_as_the_warm_up_ends_does_not_grow_less_behind_it():
+    weights = WeightsSpeed(publish_s=0.0, load_s=1.0)
+    settings = replace(EVEN, max_staleness=1, num_steps=6, weights=weights)
+    seconds = World(settings).run(warm_up=5).seconds["actor"]
+    # what is left is the last batch, two trees
+    assert seconds["compute"] == pytest.approx(2 * T_GEN)
+
+
+def test_an_engine_whose_gate_is_closed_updates_though_requests_still_run_behind_it():
+    weights = WeightsSpeed(load_s=0.2)
+    result = run(SMALL, max_staleness=3, num_steps=20, weights=weights)
+    drains = sum(result.pauses) - 0.2 * len(result.pauses)
+    assert drains > 0.2
+    # the last update is not over when the run is
+    last = result.seconds["engine"]["sync"] - sum(result.pauses)
+    assert 0 <= last < 0.2
+
+
+def test_trees_are_dropped_as_the_policy_has_learned_and_not_as_time_goes_by():
+    # nearly none before the middle of ten steps, nearly all behind it
+    curve = Drops(4, middle=5.0, scale=5.0, logits=(0.0, 40.0, 0.0), last=10.0)
+    steps = run(SMALL, num_steps=10, degenerate=curve, max_refills=200, max_staleness=0).steps
+    assert sum(step.dropped for step in steps[:4]) == 0
+    share = sum(s.dropped for s in steps[6:]) / sum(s.delivered for s in steps[6:])
+    assert share == pytest.approx(0.9, abs=0.05)
+    # batches of the double size get there earlier
+    large = replace(SMALL, degenerate=curve, prompts_per_batch=8)
+    assert large.degenerate_at(3) == pytest.approx(curve.at(3.5 * 2**0.4))
+    assert replace(SMALL, degenerate=curve).degenerate_at(3) == curve.at(3.5)
+
+
+def test_dropped_trees_have_their_own_size():
+    steps = run(SMALL, num_steps=60, degenerate=0.5, dropped_size=0.5, max_refills=99).steps
+    dropped = sum(s.discarded_tokens for s in steps) / sum(s.dropped for s in steps)
+    assert dropped / (sum(s.tokens for s in steps) / (60 * 4)) == pytest.approx(0.5, abs=0.04)
+
+
+@pytest.mark.parametrize(
+    ("rules", "per_step"), [({"drop_degenerate": False}, 0), ({"max_refills": 2}, 2)]
+)
+def test_a_run_drops_no_more_trees_than_its_rules_allow(rules, per_step):
+    result = run(SMALL, degenerate=0.99, max_staleness=0, **rules)
+    assert result.dropped == per_step * SMALL.num_steps
+    assert sum(step.dropped for step in result.steps) == result.dropped
+    assert sum(step.discarded_tokens for step in result.steps) == result.decoded_tokens - sum(
+        step.tokens for step in result.steps
+    )
 
 
 def test_weights_to_one_engine_after_the_other_arrive_later_and_make_older_tokens():

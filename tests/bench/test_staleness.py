@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from tests.bench.runs import evaluation, step, write_run
+from tests.bench.runs import TREE, evaluation, step, write_run
 from treepo_async.bench.staleness import combined, parse, row_of, table, write
 from treepo_async.bench.staleness_runs import read_run
 from treepo_async.errors import ConfigError, DataError
@@ -98,6 +98,24 @@ def test_table_points_and_picture_are_written(tmp_path):
         ("s0", "4", "0.8"),
     ]
     assert (out / "staleness.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_differ_in_another_key_are_not_put_together(tmp_path):
+    folders = [
+        write_run(tmp_path / "a", RECORDS, run_dir="a", cluster={"host": "one"}),
+        write_run(tmp_path / "b", RECORDS, run_dir="b", cluster={"host": "two"}, staleness=2),
+        write_run(tmp_path / "c", RECORDS, correction="truncated", seed=1),
+    ]
+    write(folders, tmp_path / "out")
+    folders.append(write_run(tmp_path / "d", RECORDS, staleness=8, tree=TREE | {"width": 16}))
+    with pytest.raises(DataError, match=r"a and d differ in tree.width \(8 and 16\), so they"):
+        write(folders, tmp_path / "out")
+
+
+def test_a_seed_counts_once_in_a_combination(tmp_path):
+    folders = [write_run(tmp_path / name, RECORDS, seed=3) for name in ("a", "b")]
+    with pytest.raises(DataError, match=r"a and b both have .*=1 .*=none seed=3"):
+        write(folders, tmp_path / "out")
 
 
 def test_what_is_no_run_is_named(tmp_path):

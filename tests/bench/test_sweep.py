@@ -105,11 +105,21 @@ def test_the_time_that_is_left_is_told_after_each_cell(tmp_path):
     assert "left" not in lines[3]
 
 
-def test_a_cell_that_was_stopped_midway_is_gone_on_with(tmp_path):
-    (tmp_path / "a").mkdir()
+def test_a_cell_that_was_stopped_midway_is_gone_on_with_by_the_same_keys_alone(tmp_path):
+    def stopped(keys, log):
+        (tmp_path / "a").mkdir()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attempt(Cell("a", ()), ["steps=4"], tmp_path, stopped)
+    state = read_state(tmp_path / "a")
+    assert (state.code, state.reason, state.attempts) == (-1, "stopped", 1)
     launcher = Launcher()
-    assert attempt(Cell("a", ()), ["steps=4"], tmp_path, launcher).code == 0
-    assert launcher.made == ["a"]
+    with pytest.raises(ConfigError, match="holds a run with steps=4, not with steps=5"):
+        attempt(Cell("a", ()), ["steps=5"], tmp_path, launcher)
+    assert launcher.made == []
+    state = attempt(Cell("a", ()), ["steps=4"], tmp_path, launcher)
+    assert (state.code, state.attempts) == (0, 2)
     assert is_finished(tmp_path / "a")
 
 

@@ -15,6 +15,7 @@ def test_the_shares_of_a_step_are_those_of_all_processes_of_a_kind_since_the_las
     sums.add("actor-0", event(), 0.0)
     sums.add("actor-1", event(seconds={"wait_weights": 2.0}), 0.0)
     shares = sums.take_step()
+    assert shares.pop("ledger/actor/seconds") == 4.0
     assert shares.pop("ledger/actor/compute") == 0.375
     assert shares.pop("ledger/actor/wait_weights") == 0.5
     assert shares.pop("ledger/actor/wait_data") == 0.125
@@ -22,6 +23,15 @@ def test_the_shares_of_a_step_are_those_of_all_processes_of_a_kind_since_the_las
     assert len(shares) == len(Category) - 3
     assert sums.take_step() == {}
     assert sums.total() == {"actor": {"compute": 1.5, "wait_data": 0.5, "wait_weights": 2.0}}
+
+
+def test_shares_of_steps_are_put_together_by_the_time_that_they_are_of():
+    sums, found = LedgerSums(), 0.0
+    for seconds in ({"idle": 1.0}, {"compute": 6.0}, {"idle": 1.0, "compute": 2.0}):
+        sums.add("actor-0", event(seconds=seconds), 0.0)
+        record = sums.take_step()
+        found += record["ledger/actor/seconds"] * record["ledger/actor/idle"]
+    assert found == pytest.approx(sums.total()["actor"]["idle"])
 
 
 def test_events_of_a_process_become_one_line_until_it_has_enough_time():

@@ -1,7 +1,7 @@
 """An actor of a scripted run: the loop of a real one, with an engine that sleeps.
 
 Waits: as `actor.worker`. It tells every `TELL_S` what its slots have waited for so far, so that any part of a run can be cut
-out of the sums.
+out of the sums, and when its engine had requests since it told last.
 """
 
 import asyncio
@@ -146,5 +146,6 @@ async def act(script: Script, index: int) -> None:
 
 async def _tell(client: TellingClient, tally: GateTally) -> None:
     while True:
-        emit("slots", at=time.monotonic(), gate=tally.seconds(), **client.waited())
+        busy, at = tally.take_busy(), time.monotonic()
+        emit("slots", at=at, gate=tally.seconds(), busy=busy, **client.waited())
         await asyncio.sleep(TELL_S)

@@ -35,8 +35,19 @@ DEFAULTS = {
     "seconds": "8",
     "out": "runs/bench-async",
 }
-"""Keys with the values they have unless given. Those from `actors` to `seconds` are of the scripted back end, `actor_core` of the
-real one, `steps` and `warm_up` of all others than scripted; a word with a dot in its key, as `learner.lr=3e-5`, is a key of its runs."""
+"""Keys with the values they have unless given. A word with a dot in its key, as `learner.lr=3e-5`, is a key of real runs."""
+_TIMED = (
+    *("actors", "slots", "prompts", "segment", "depth", "width", "median", "tail"),
+    *("token_ms", "publish_ms", "load_ms", "balance"),
+)
+ONLY_OF = {
+    "steps": ("sim", "real"),
+    "warm_up": ("sim", "real"),
+    "actor_core": ("real",),
+    "seconds": ("scripted",),
+    **dict.fromkeys(_TIMED, ("scripted", "sim")),
+}
+"""Back ends of the keys that not all have."""
 RUN_KEYS = (
     "eval.samples=4",
     "checkpoint.every=1000",
@@ -83,7 +94,7 @@ class AsyncOptions:
     staleness: int
     update: str
     steps: int
-    """Of a real run."""
+    """Of a real or simulated run, which has `spare` more."""
     warm_up: int
     """Of these, those that are left out."""
     actor_core: int
@@ -92,6 +103,15 @@ class AsyncOptions:
     run_keys: tuple[str, ...]
     """Of real runs, the later ones hold."""
     out: Path
+
+    @property
+    def spare(self) -> int:
+        """Steps of every real or simulated run behind those that count.
+
+        Nothing is leased for a batch behind the last one. So in the last K steps of an arm stock is trained while the engine
+        rests, and they count in none. All arms have as many, so that all are evaluated after as many updates.
+        """
+        return self.staleness
 
     def cells(self) -> list[tuple[Arm, int]]:
         """In the order in which they are measured: by seed, each beginning with another arm."""
@@ -106,8 +126,15 @@ def parse(words: Sequence[str]) -> AsyncOptions:
         ConfigError: an unknown key, a value that is none of its key, or keys that do not go together.
     """
     dotted = [word for word in words if "." in word.partition("=")[0]]
-    values = DEFAULTS | read_words([word for word in words if word not in dotted], DEFAULTS)
+    given = read_words([word for word in words if word not in dotted], DEFAULTS)
+    values = DEFAULTS | given
     backend = _one_of("backend", values["backend"], BACKENDS)
+    for key in given:
+        if backend not in (of := ONLY_OF.get(key, BACKENDS)):
+            raise ConfigError(
+                f"{key}={given[key]} is of backend={' and '.join(of)}, {backend} would not heed it; leave it out"
+                + (", or name the key of a run, as tree.width=32" if backend == "real" else "")
+            )
     if dotted and backend != "real":
         raise ConfigError(
             f"{dotted[0]} is a key of a run; backend={backend} has none, take backend=real"

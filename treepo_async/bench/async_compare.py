@@ -101,18 +101,28 @@ def _measure_of(options: AsyncOptions) -> Measure:
 
 def _real(options: AsyncOptions) -> Measure:
     def measure(arm: Arm, seed: int, folder: Path) -> CellData:
-        settings = settings_of(arm, staleness=options.staleness, update_mode=options.update)
-        words = async_real.keys_of(
-            settings,
+        return async_real.run_cell(
+            arm,
+            real_words(options, arm, seed, folder),
+            folder,
             seed=seed,
-            steps=options.steps,
-            run_dir=folder,
-            more=options.run_keys,
-            actor_core=options.actor_core,
+            warm_up=options.warm_up,
+            last=options.steps,
         )
-        return async_real.run_cell(arm, words, folder, seed=seed, warm_up=options.warm_up)
 
     return measure
+
+
+def real_words(options: AsyncOptions, arm: Arm, seed: int, folder: Path) -> list[str]:
+    """Those of a real cell's run."""
+    return async_real.keys_of(
+        settings_of(arm, staleness=options.staleness, update_mode=options.update),
+        seed=seed,
+        steps=options.steps + options.spare,
+        run_dir=folder,
+        more=options.run_keys,
+        actor_core=options.actor_core,
+    )
 
 
 def _scripted(options: AsyncOptions) -> Measure:

@@ -1,14 +1,16 @@
-"""From the folder of a finished run to the rows of a cell. Reads `metrics.jsonl`; writes nothing.
+"""From the folder of a finished run to the rows of a cell. Reads `metrics.jsonl` and `config.yaml`; writes nothing.
 
-Of the names in docs/metrics.md it needs those of steps; `ledger/...` where a run has them, else the learner's share of waiting
-and the engine's of idling stand for the ledgers of the two.
+Of the names in docs/metrics.md it needs those of steps, and `ledger/...` for the roles beside the learner.
 """
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from treepo_async.bench.async_rows import (
     Account,
@@ -19,32 +21,41 @@ from treepo_async.bench.async_rows import (
     write_lags,
 )
 from treepo_async.errors import DataError
+from treepo_async.metrics.categories import LEARNER
 
 BACKEND = "real"
-ROLES = ("learner", "actor", "engine", "replay")
+TOLD_ROLES = ("actor", "engine", "replay")
+"""Roles whose time is known from what they tell every two seconds; the learner's is in each step."""
 
 Record = Mapping[str, Any]
 
 
-def read_run(run: Path, *, arm: str, seed: int, warm_up: int) -> CellData:
+def read_run(run: Path, *, arm: str, seed: int, warm_up: int, last: int) -> CellData:
     """The steps of a run after its warm-up, its ledgers and its evaluations.
 
+    Args:
+        run: its folder.
+        arm: whose run it is.
+        seed: of the run.
+        warm_up: steps that are left out, at least 1.
+        last: step after which none counts; as many as the run's staleness must follow, in which stock is trained.
+
     Raises:
-        DataError: it has no metrics, or no step after the warm-up.
+        DataError: it has no metrics, too few steps, or was interrupted.
     """
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise DataError(f"{file} is not there; give the folder of a run")
+    replay = yaml.safe_load((run / "config.yaml").read_text())["replay"]
     records = [json.loads(line) for line in file.read_text().splitlines()]
-    steps = _last_of_each(record for record in records if "tokens/unique" in record)
-    if len(steps) <= warm_up:
-        raise DataError(f"{file} has {len(steps)} steps, none after the first {warm_up}")
-    counted = steps[warm_up:]
+    steps = [record for record in records if "tokens/unique" in record]
+    _check_whole(file, steps, last + replay["max_staleness"])
+    counted = steps[warm_up:last]
     began = steps[warm_up - 1]["time"]
     rows, seconds = list[StepRow](), 0.0
     for record in counted:
         seconds += record["time/wall_s"]
-        rows.append(_step_row(record, arm, seed, seconds))
+        rows.append(_step_row(record, arm, seed, seconds, replay["prompts_per_batch"]))
     evals = [
         EvalRow(
             BACKEND,
@@ -61,12 +72,25 @@ def read_run(run: Path, *, arm: str, seed: int, warm_up: int) -> CellData:
     return CellData(rows, list(_ledger(counted, arm, seed)), evals)
 
 
-def _last_of_each(records: Iterator[Record]) -> list[Record]:
-    """Of the records of one step the later one counts."""
-    return [record for _, record in sorted({record["step"]: record for record in records}.items())]
+def _check_whole(file: Path, steps: Sequence[Record], least: int) -> None:
+    """A learner that went back to a checkpoint did some of the work twice, and nobody timed what lay between."""
+    again = [record["step"] for record in steps if record["learner/lineage"] > 0]
+    if again:
+        raise DataError(
+            f"{file}: the learner was started again (learner/lineage is above 0 from step {again[0]} on), "
+            "so its time is not that of a whole run; make the run anew"
+        )
+    if [record["step"] for record in steps] != list(range(1, len(steps) + 1)):
+        raise DataError(f"{file} has not one record for each step; make the run anew")
+    if len(steps) < least:
+        raise DataError(
+            f"{file} has {len(steps)} steps; it takes {least}, as in the last of them nothing is decoded any more"
+        )
 
 
-def _step_row(record: Record, arm: str, seed: int, seconds: float) -> StepRow:
+def _step_row(
+    record: Record, arm: str, seed: int, seconds: float, prompts_per_batch: int
+) -> StepRow:
     tokens, ess = _by_lag(record, "tokens"), _by_lag(record, "ess")
     total = round(sum(tokens.values()))
     return StepRow(
@@ -92,6 +116,8 @@ def _step_row(record: Record, arm: str, seed: int, seconds: float) -> StepRow:
         drain_s=_number(record, "weights/drain_s"),
         load_s=_number(record, "weights/load_s"),
         probe_s=_number(record, "weights/probe_s"),
+        arrived_trees=record.get("trees/accepted", 0),
+        trained_trees=prompts_per_batch,
     )
 
 
@@ -118,27 +144,33 @@ def _untrained_share(record: Record) -> float:
 
 
 def _ledger(records: Sequence[Record], arm: str, seed: int) -> Iterator[LedgerRow]:
-    """Seconds of an average slot of each role, from its shares of the wall time of each step."""
-    for role in ROLES:
+    """Seconds of each role; those of a role that has several processes are of all of them."""
+    seconds = {"learner": _learner_seconds(records)}
+    seconds |= {role: _told_seconds(records, role) for role in TOLD_ROLES}
+    for role, accounts in seconds.items():
         for account in Account:
-            name = f"ledger/{role}/{account}"
-            if any(name in record for record in records):
-                shares = ((record.get(name) or 0.0, record["time/wall_s"]) for record in records)
-                seconds = sum(share * wall for share, wall in shares)
-                yield LedgerRow(BACKEND, arm, seed, role, account, seconds)
-        if not any(name.startswith(f"ledger/{role}/") for record in records for name in record):
-            yield from _poor_ledger(records, arm, seed, role)
+            if accounts:
+                yield LedgerRow(BACKEND, arm, seed, role, account, accounts.get(account, 0.0))
 
 
-def _poor_ledger(records: Sequence[Record], arm: str, seed: int, role: str) -> Iterator[LedgerRow]:
-    name = {"learner": "idle/learner", "engine": "idle/engine"}.get(role)
-    if name is None:
-        return
-    wall = sum(record["time/wall_s"] for record in records)
-    idle = sum((record.get(name) or 0.0) * record["time/wall_s"] for record in records)
-    waits = Account.WAIT_DATA if role == "learner" else Account.IDLE
-    yield LedgerRow(BACKEND, arm, seed, role, waits, idle)
-    yield LedgerRow(BACKEND, arm, seed, role, Account.COMPUTE, wall - idle)
+def _learner_seconds(records: Sequence[Record]) -> dict[str, float]:
+    """Exactly those of the steps."""
+    found: defaultdict[str, float] = defaultdict(float)
+    for record in records:
+        for activity, category in LEARNER.items():
+            found[category] += record.get(f"time/{activity}_s") or 0.0
+    return found
+
+
+def _told_seconds(records: Sequence[Record], role: str) -> dict[str, float]:
+    """A record has shares of what was told since the last one, which may be more or less than the time of its step."""
+    found: defaultdict[str, float] = defaultdict(float)
+    for record in records:
+        told = record.get(f"ledger/{role}/seconds", 0.0)
+        for account in Account:
+            if told:
+                found[account] += told * record[f"ledger/{role}/{account}"]
+    return found
 
 
 def _number(record: Record, name: str) -> float:

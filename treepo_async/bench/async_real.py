@@ -26,7 +26,10 @@ def keys_of(
     more: Sequence[str],
     actor_core: int = 0,
 ) -> list[str]:
-    """The words of a run; evaluated before the first step and after the last one, when nothing is timed."""
+    """The words of a run; evaluated before the first step and after the last one, when nothing is timed.
+
+    `steps` are all it makes, those behind the last that counts included.
+    """
     return [
         f"seed={seed}",
         f"steps={steps}",
@@ -37,8 +40,12 @@ def keys_of(
     ]
 
 
-def run_cell(arm: Arm, words: Sequence[str], run_dir: Path, *, seed: int, warm_up: int) -> CellData:
+def run_cell(
+    arm: Arm, words: Sequence[str], run_dir: Path, *, seed: int, warm_up: int, last: int
+) -> CellData:
     """Run, and read the folder. What an earlier try left there is removed: a run gone on with is none that can be timed.
+
+    Steps count behind `warm_up`, up to `last`.
 
     Raises:
         TreepoError: the run failed, or did not end in time.
@@ -51,4 +58,4 @@ def run_cell(arm: Arm, words: Sequence[str], run_dir: Path, *, seed: int, warm_u
     if code != 0:
         words_said = log_file.read_text(errors="replace")[-1500:]
         raise TreepoError(f"{arm} seed {seed}: the run ended with {code}: {words_said}")
-    return read_run(run_dir, arm=arm, seed=seed, warm_up=warm_up)
+    return read_run(run_dir, arm=arm, seed=seed, warm_up=warm_up, last=last)

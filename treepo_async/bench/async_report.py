@@ -4,6 +4,7 @@ import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from math import isfinite
+from operator import attrgetter
 from pathlib import Path
 
 from treepo_async.bench.async_arms import RUNGS
@@ -19,6 +20,7 @@ from treepo_async.bench.async_summary import (
 )
 
 ROLES = ("learner", "actor", "engine", "replay")
+UNIQUE = attrgetter("unique_per_s")
 _COLUMNS: dict[str, Callable[[Sequence[CellSummary]], str]] = {
     "trained tokens/s": lambda c: number(_over(c, "tokens_per_s"), ",.0f"),
     "unique tokens/s": lambda c: number(_over(c, "unique_per_s"), ",.0f"),
@@ -33,6 +35,7 @@ _COLUMNS: dict[str, Callable[[Sequence[CellSummary]], str]] = {
     "idle learner": lambda c: number(_over(c, "learner_idle"), ".1%"),
     "idle actors": lambda c: number(_over(c, "actor_idle"), ".1%"),
     "idle engines": lambda c: number(_over(c, "engine_idle"), ".1%"),
+    "arrived / trained": lambda c: number(_over(c, "arrived_per_trained"), ".2f"),
     "waste": lambda c: number(_over(c, "waste"), ".1%"),
     "ESS": lambda c: number(_over(c, "ess"), ".3f"),
     "engine closed s, median / p95": lambda c: (
@@ -70,7 +73,8 @@ def text(cells: Sequence[CellData], summaries: Sequence[CellSummary]) -> str:
     notes = (
         "Means over seeds ± standard deviation. Times count from the end of the warm-up. N is what the cell with the fewest "
         "trained tokens has; the reward is the least that a cell ends with, as a mean of five steps. T_gen and T_train are the "
-        "wait for a batch and the training of `sync`, where nothing overlaps."
+        "wait for a batch and the training of `sync`, where nothing overlaps. Arrived / trained: trees that came in to be trained "
+        "over those that were; far from 1, stock was used up or laid in, and the rate is none that would last."
     )
     return "\n\n".join([*parts, notes]) + "\n"
 
@@ -87,7 +91,11 @@ def arms_table(arms: Mapping[Arm, Sequence[CellSummary]]) -> str:
 
 
 def ratios(arms: Mapping[Arm, Sequence[CellSummary]]) -> str:
-    """Each arm against both synchronous ones, and what each rung of the ladder adds."""
+    """Each arm against both synchronous ones, and what each rung of the ladder adds.
+
+    An arm whose trees have another shape trains other numbers of tokens for the same work, so the factor is given by unique
+    tokens too, of which each was decoded once.
+    """
     rows, before = [], Arm.SYNC
     for arm in arms:
         ladder = list(Arm)
@@ -99,10 +107,12 @@ def ratios(arms: Mapping[Arm, Sequence[CellSummary]]) -> str:
                 number(ratio(arms, arm, Arm.SYNC2), ".2f"),
                 " + ".join(rungs) or "-",
                 number(ratio(arms, arm, before), ".2f") if rungs else "-",
+                number(ratio(arms, arm, before, UNIQUE), ".2f") if rungs else "-",
             ]
         )
         before = arm if rungs else before
-    return _table(["arm", "over sync", "over sync2", "what it adds", "factor"], rows)
+    head = ["arm", "over sync", "over sync2", "what it adds", "factor", "factor in unique tokens"]
+    return _table(head, rows)
 
 
 def ledgers(cells: Sequence[CellData]) -> str:

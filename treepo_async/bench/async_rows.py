@@ -92,6 +92,9 @@ class StepRow:
     drain_s: float = nan
     load_s: float = nan
     probe_s: float = nan
+    arrived_trees: float = nan
+    """Those that came into replay during the step and are trained, then or later."""
+    trained_trees: float = nan
 
 
 @dataclass(frozen=True, slots=True)

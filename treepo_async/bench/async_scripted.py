@@ -8,7 +8,7 @@ computed from trees that are grown on a clock which jumps (`async_virtual`). Wai
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +30,7 @@ from treepo_async.process import free_ports, run_child
 
 BACKEND = "scripted"
 CALIBRATION_TREES = 400
+Span = tuple[float, float]
 START_S = 60.0
 STOP_S = 5.0
 SLOWEST_STEP = 30
@@ -147,7 +148,7 @@ def read_cell(script: Script, folder: Path) -> CellData:
     ledger = [
         *_ledger(script, "learner", _learner_seconds(counted, end - begin)),
         *_ledger(script, "actor", _actor_seconds(script, told, begin, end)),
-        *_ledger(script, "engine", _engine_seconds(script, pauses, begin, end)),
+        *_ledger(script, "engine", _engine_seconds(script, told, begin, end)),
     ]
     return CellData(rows, ledger)
 
@@ -243,14 +244,35 @@ def _actor_seconds(
 
 
 def _engine_seconds(
-    script: Script, pauses: Sequence[Mapping[str, Any]], begin: float, end: float
+    script: Script, told: Mapping[str, Sequence[Mapping[str, Any]]], begin: float, end: float
 ) -> dict[Account, float]:
-    """Engine-seconds with the gate closed, and the rest."""
-    closed = 0.0
-    for pause in pauses:
-        since = pause["at"] - pause["drain"] - pause["load"]
-        closed += max(0.0, min(pause["at"], end) - max(since, begin))
-    return {Account.SYNC: closed, Account.COMPUTE: (end - begin) * script.actors - closed}
+    """Engine-seconds with the gate closed; open and with a request; and the rest. Each engine until its actor told last."""
+    sync, compute, wall = 0.0, 0.0, 0.0
+    for engine in range(script.actors):
+        readings = [event for event in told[f"actor-{engine}"] if event["event"] == "slots"]
+        until = min(end, readings[-1]["at"])
+        closed = [
+            (event["at"] - event["drain"] - event["load"], event["at"])
+            for event in told["gates"]
+            if event["event"] == "weights" and event["engine"] == engine
+        ]
+        closed = [*_within(closed, begin, until)]
+        busy = [*_within((span for event in readings for span in event["busy"]), begin, until)]
+        sync += _length(closed)
+        compute += _length(busy) - sum(_length(_within(busy, *span)) for span in closed)
+        wall += until - begin
+    return {Account.SYNC: sync, Account.COMPUTE: compute, Account.IDLE: wall - sync - compute}
+
+
+def _within(spans: Iterable[Sequence[float]], begin: float, end: float) -> Iterator[Span]:
+    """The parts of spans of time that lie between two moments."""
+    for since, until in spans:
+        if since < end and until > begin:
+            yield max(since, begin), min(until, end)
+
+
+def _length(spans: Iterable[Span]) -> float:
+    return sum(until - since for since, until in spans)
 
 
 def _at(readings: Sequence[Mapping[str, Any]], what: str, at: float) -> float:

@@ -61,13 +61,16 @@ class Service:
 
 
 class GateTally:
-    """Seconds that the trees of one actor stood at a closed gate with all of their requests."""
+    """What one actor's trees do to its engine: how long they stood at a closed gate, and when requests ran."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Nothing stands yet."""
+        """Nothing stands yet, and nothing runs."""
         self._clock = clock
         self._before = 0.0
         self._since: dict[object, float] = {}
+        self._num_running = 0
+        self._busy_since = 0.0
+        self._busy: list[tuple[float, float]] = []
 
     def stand(self, tree: object) -> None:
         """A tree stands still."""
@@ -79,9 +82,30 @@ class GateTally:
             self._before += self._clock() - self._since.pop(tree)
 
     def seconds(self) -> float:
-        """So far, trees that stand now included."""
+        """Of trees that stood with all of their requests, so far; those that stand now included."""
         now = self._clock()
         return self._before + sum(now - begin for begin in self._since.values())
+
+    def begin_request(self) -> None:
+        """A request of any tree begins to run."""
+        self._num_running += 1
+        if self._num_running == 1:
+            self._busy_since = self._clock()
+
+    def end_request(self) -> None:
+        """It has ended, or stands at the gate."""
+        self._num_running -= 1
+        if not self._num_running:
+            self._busy.append((self._busy_since, self._clock()))
+
+    def take_busy(self) -> list[tuple[float, float]]:
+        """Begins and ends of the times since the last call in which at least one request ran."""
+        taken, self._busy = self._busy, []
+        if self._num_running:
+            now = self._clock()
+            taken.append((self._busy_since, now))
+            self._busy_since = now
+        return taken
 
 
 @dataclass(eq=False)
@@ -100,9 +124,9 @@ class TimedEngine:
 
     async def warm(
         self, prefix: Sequence[int], *, sampling: SamplingSettings, least_step: int = 0
-    ) -> str:
+    ) -> Place:
         """See `EngineClient.warm`; a prefix this short is not worth a request."""
-        return ""
+        return Place("")
 
     async def extend(  # noqa: PLR0913 - see `EngineClient.extend`
         self,
@@ -174,10 +198,12 @@ class TimedEngine:
     def _go_on(self) -> None:
         self._num_at_gate -= 1
         self._num_running += 1
+        self.tally.begin_request()
         self._settle()
 
     def _stop(self, *, at_gate: bool) -> None:
         self._num_running -= 1
+        self.tally.end_request()
         self._num_at_gate += at_gate
         self._settle()
 

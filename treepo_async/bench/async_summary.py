@@ -5,9 +5,10 @@ Ratios are taken between two arms of one seed and only then averaged, as the cel
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite, nan
+from operator import attrgetter
 
 from treepo_async.bench.async_rows import (
     BUBBLES,
@@ -62,6 +63,8 @@ class CellSummary:
     engine_idle: float
     staleness_mean: float
     staleness_max: int
+    arrived_per_trained: float
+    """Trees that came in to be trained over those that were: below 1 stock was trained, above it was laid in."""
     waste: float
     """Share of the decoded tokens whose trees are not trained."""
     ess: float
@@ -98,6 +101,7 @@ def _summary(cell: CellData, goal: int, reward: float) -> CellSummary:
     def mean(name: str) -> float:
         return Spread.of(getattr(row, name) for row in steps).mean
 
+    trained = sum(row.trained_trees for row in steps)
     return CellSummary(
         backend=first.backend,
         arm=first.arm,
@@ -114,6 +118,7 @@ def _summary(cell: CellData, goal: int, reward: float) -> CellSummary:
         engine_idle=idle_share(cell.ledger, "engine"),
         staleness_mean=mean("staleness_mean"),
         staleness_max=max(row.staleness_max for row in steps),
+        arrived_per_trained=sum(row.arrived_trees for row in steps) / trained,
         waste=sum(row.discarded_tokens for row in steps) / decoded if decoded else nan,
         ess=mean("ess"),
         pause_p50_s=quantile(pauses, 0.5),
@@ -179,10 +184,15 @@ def by_arm(summaries: Iterable[CellSummary]) -> dict[Arm, list[CellSummary]]:
     return {arm: found[arm] for arm in Arm if arm in found}
 
 
-def ratio(arms: Mapping[Arm, Sequence[CellSummary]], upper: Arm, lower: Arm) -> Spread:
-    """Trained tokens/s of one arm over another's, seed by seed."""
-    below = {cell.seed: cell.tokens_per_s for cell in arms.get(lower, ())}
-    pairs = [(cell.tokens_per_s, below.get(cell.seed, nan)) for cell in arms.get(upper, ())]
+def ratio(
+    arms: Mapping[Arm, Sequence[CellSummary]],
+    upper: Arm,
+    lower: Arm,
+    of: Callable[[CellSummary], float] = attrgetter("tokens_per_s"),
+) -> Spread:
+    """A figure of one arm over another's, seed by seed: trained tokens/s unless another is named."""
+    below = {cell.seed: of(cell) for cell in arms.get(lower, ())}
+    pairs = [(of(cell), below.get(cell.seed, nan)) for cell in arms.get(upper, ())]
     return Spread.of(a / b for a, b in pairs)
 
 

@@ -3,6 +3,8 @@
     no folder -> run -> done          a finished cell is not run again
                   `-> broken          the same keys go on with it (`run_dir`, `resume`); its reason is kept beside it
 
+The keys of a cell are noted before its run begins, so one that was stopped midway is gone on with by the same keys alone.
+
 A cell is finished when its folder holds the model that a run leaves at its end. Waits: for the run (`launch`; the caller gives the
 deadline).
 """
@@ -11,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from treepo_async.errors import ConfigError, TreepoError
@@ -20,6 +22,8 @@ from treepo_async.process import run_child
 STATE_FILE = "cell.json"
 FINISHED = Path("model") / "policy_version"
 """In a run's folder once it has come to its end."""
+STOPPED = "stopped"
+"""Reason of a cell whose run was not waited for to its end."""
 STOP_S = 30.0
 LAST_WORDS = 400
 """Characters of the output of a failed run."""
@@ -47,7 +51,7 @@ class CellState:
     keys: tuple[str, ...]
     """All of them but `run_dir`."""
     code: int
-    """Of the run's process; 0 for one that finished."""
+    """Of the run's process; 0 for one that finished, -1 where there is none: it is being run, was stopped, or came to no end."""
     seconds: float
     """Of the last attempt."""
     attempts: int
@@ -74,7 +78,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def read_state(folder: Path) -> CellState | None:
-    """How the cell of a run's folder ended; None where it was not tried, or is being run."""
+    """How the cell of a run's folder ended; None where it was not tried."""
     file = _state_file(folder)
     if not file.is_file():
         return None
@@ -98,18 +102,19 @@ def attempt(cell: Cell, common: Sequence[str], out: Path, launch: Launch) -> Cel
     if before is not None and before.code == 0 and is_finished(folder):
         return before
     log = out / f"{cell.label}.log"
+    begun = CellState(keys, -1, 0.0, 1 + (before.attempts if before else 0), STOPPED)
+    _write_state(folder, begun)
     began = time.monotonic()
     code = launch([*keys, f"run_dir={folder}"], log)
     if code == 0 and not is_finished(folder):
         code = -1
-    state = CellState(
-        keys=keys,
+    state = replace(
+        begun,
         code=code,
         seconds=round(time.monotonic() - began, 1),
-        attempts=1 + (before.attempts if before else 0),
         reason="" if code == 0 else _last_words(log),
     )
-    _state_file(folder).write_text(json.dumps(asdict(state), indent=1))
+    _write_state(folder, state)
     return state
 
 
@@ -123,6 +128,14 @@ def finish(cell: Cell, common: Sequence[str], out: Path, launch: Launch) -> Cell
     if state.code:
         raise TreepoError(f"{out / cell.label} {state.words}; its output is in {cell.label}.log")
     return state
+
+
+def _write_state(folder: Path, state: CellState) -> None:
+    """It is there whole, or as it was."""
+    file = _state_file(folder)
+    rough = file.with_suffix(".rough")
+    rough.write_text(json.dumps(asdict(state), indent=1))
+    rough.replace(file)
 
 
 def _state_file(folder: Path) -> Path:

@@ -115,7 +115,7 @@ def guard(
         return
     baselines = read_baselines(file)
     findings = [compared(check, baselines.get(check.name), say) for check in picked]
-    say(table(findings))
+    say(table(findings, _machine()))
     bad = [f.check.name for f in findings if f.verdict in ("slower", "no baseline")]
     if bad:
         raise TreepoError(f"{', '.join(bad)}: slower than the baseline allows, or without one")
@@ -132,14 +132,20 @@ def compared(check: Check, baseline: Baseline | None, say: Callable[[str], None]
 
 
 def update(checks: Sequence[Check], runs: int, say: Callable[[str], None], file: Path) -> None:
-    """Measure each check several times and write its baseline; those of others stay."""
-    baselines = dict(read_baselines(file))
-    for check in checks:
-        values = [check.measure() for _ in range(1 if check.is_exact else runs)]
-        baselines[check.name] = baseline_of(check, values)
-        say(f"{check.name}: {', '.join(f'{value:.3f}' for value in values)}")
-        text = {name: asdict(baselines[name]) for name in sorted(baselines)}
-        file.write_text(json.dumps(text, indent=1) + "\n")
+    """Measure all checks in turn, several times, and write their baselines; those of others stay.
+
+    In turn, so that checks that read one command share its runs, and a disturbed minute is in one run of each.
+    """
+    found: dict[str, list[float]] = {check.name: [] for check in checks}
+    for number in range(runs):
+        for check in checks:
+            if number == 0 or not check.is_exact:
+                found[check.name].append(check.measure())
+                say(f"{check.name}: {found[check.name][-1]:.3f}, run {number + 1} of {runs}")
+    made = {check.name: baseline_of(check, found[check.name]) for check in checks}
+    baselines = {**read_baselines(file), **made}
+    text = {name: asdict(baselines[name]) for name in sorted(baselines)}
+    file.write_text(json.dumps(text, indent=1) + "\n")
 
 
 def baseline_of(check: Check, values: Sequence[float]) -> Baseline:
@@ -170,8 +176,8 @@ def read_baselines(file: Path) -> Mapping[str, Baseline]:
         ) from error
 
 
-def table(findings: Sequence[Finding]) -> str:
-    """One row a check."""
+def table(findings: Sequence[Finding], here: str) -> str:
+    """One row a check, and which baselines are of another machine than the one here."""
     lines = [
         "| check | ratio | value | baseline | band | verdict |",
         "|---|---|---|---|---|---|",
@@ -183,7 +189,21 @@ def table(findings: Sequence[Finding]) -> str:
             f"| {finding.check.name} | {finding.check.what} | {finding.value:.3f} | {figures[0]} | {figures[1]} | "
             f"{finding.verdict} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *_of_others(findings, here)]) + "\n"
+
+
+def _of_others(findings: Sequence[Finding], here: str) -> list[str]:
+    """What is exact is the same everywhere."""
+    names: dict[str, list[str]] = {}
+    for finding in findings:
+        base = finding.baseline
+        if base is not None and base.machine != here and not finding.check.is_exact:
+            names.setdefault(base.machine, []).append(finding.check.name)
+    return [
+        f"\nThis machine is {here}. The baselines of {', '.join(checks)} are of another: {there}. "
+        "Their verdicts hold only as far as the two are alike; update=3 makes baselines here."
+        for there, checks in names.items()
+    ]
 
 
 def _picked(checks: Sequence[Check], names: Sequence[str]) -> list[Check]:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from treepo_async.bench.cells import Cell, Stop
+from treepo_async.bench.paper import MEAN_GAIN
 from treepo_async.bench.shapes import decoded_share, reaches_width
 from treepo_async.bench.summary import Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PAPER_GAIN = 1.4
 COLOURS = ("#1b6ca8", "#c8553d", "#3c8d53", "#7d5ba6", "#b08900", "#555555")
 MARKERS = "oDv^P*"
 
@@ -75,7 +75,7 @@ def _frame(axes: "Axes", panel: _Panel) -> None:
     axes.grid(alpha=0.25)
     axes.axhline(1, color="black", linewidth=0.8)
     gain = "measured by the paper: mean of its sweep, width 64, H100"
-    axes.axhline(PAPER_GAIN, color="gray", linestyle=":", label=gain)
+    axes.axhline(MEAN_GAIN, color="gray", linestyle=":", label=gain)
     axes.plot([], [], "s", color="gray", markerfacecolor="white", label="a shape of the paper")
 
 

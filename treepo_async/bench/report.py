@@ -1,10 +1,11 @@
 """A sweep in words: the console's lines, `cells.csv` and `table.md`."""
 
 import csv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from treepo_async.bench import paper
 from treepo_async.bench.cells import CELL_FIELDS, Arm, Cell
 from treepo_async.bench.samples import Sample
 from treepo_async.bench.summary import FIGURES, Spread, Summary
@@ -20,12 +21,17 @@ CELL_COLUMNS = (
     "child_cached_share",
     *(f"{arm}_{name}_{part}" for arm in Arm for name in FIGURES for part in _SPREAD),
 )
-_TABLE: dict[str, Callable[[Summary], str]] = {
+Columns = dict[str, Callable[[Summary], str]]
+"""Name: how to fill it. Where two figures stand they are of trees and of independent sampling."""
+_SHAPE: Columns = {
     "depth x segment": lambda s: f"{s.cell.depth} x {s.cell.segment}",
     "width": lambda s: f"{s.cell.width}",
     "branch": lambda s: f"{s.cell.branch}",
     "prompt": lambda s: f"{s.cell.prompt}",
     "pairs": lambda s: f"{s.pairs}",
+}
+_SPEED: Columns = {
+    **_SHAPE,
     "**speed-up**": lambda s: f"**{s.speed_up.median:.2f}** ({_range(s.speed_up)})",
     "by processor time": lambda s: f"{s.cpu_speed_up.median:.2f}",
     "limit": lambda s: f"{s.limit:.2f}",
@@ -39,7 +45,15 @@ _TABLE: dict[str, Callable[[Summary], str]] = {
     "mean length": lambda s: _both(s, "mean_delivered_tokens", ".0f"),
     "requests": lambda s: _both(s, "requests", ".0f"),
 }
-"""Column: how to fill it. Where two figures stand they are of trees and of independent sampling."""
+_WORK: Columns = {
+    **_SHAPE,
+    "wall time, s": lambda s: _both(s, "wall_s", ".2f"),
+    "trajectories": lambda s: _both(s, "trajectories", ",.0f"),
+    "decoded tokens": lambda s: _both(s, "decoded_tokens", ",.0f"),
+    "delivered tokens": lambda s: _both(s, "delivered_tokens", ",.0f"),
+    "prefix tokens computed": lambda s: _both(s, "computed_tokens", ",.0f"),
+    "prefix tokens from the cache": lambda s: _both(s, "cached_tokens", ",.0f"),
+}
 
 
 def pair_line(tree: Sample, independent: Sample) -> str:
@@ -78,23 +92,29 @@ def write_cells(file: Path, summaries: Sequence[Summary]) -> None:
 
 
 def write_table(file: Path, summaries: Sequence[Summary]) -> None:
-    """Write `table.md`, one table for each set-up of engine and model."""
-    setups = dict.fromkeys(setup(summary.cell) for summary in summaries)
-    parts = [
-        f"{name}:\n\n{table([s for s in summaries if setup(s.cell) == name])}" for name in setups
-    ]
+    """Write `table.md`: speed and work for each set-up of engine and model, and the shapes of the paper beside ours."""
+    parts = []
+    for name in dict.fromkeys(setup(summary.cell) for summary in summaries):
+        own = [summary for summary in summaries if setup(summary.cell) == name]
+        parts += [f"{name}:", table(_SPEED, own), "What it took:", table(_WORK, own)]
     notes = (
         "Medians over pairs, (least - most). Two figures are trees / independent sampling. The limit is what the decoded "
         "tokens alone would give: delivered / decoded tokens of trees. By processor time: of the "
         "engine's processes; the better figure where others used the machine meanwhile."
     )
-    file.write_text("\n\n".join([*parts, notes]) + "\n")
+    beside = markdown(paper.HEADER, paper.beside(summaries))
+    file.write_text("\n\n".join([*parts, notes, beside, paper.NOTES]) + "\n")
 
 
-def table(summaries: Sequence[Summary]) -> str:
+def table(columns: Columns, summaries: Sequence[Summary]) -> str:
     """Cells as rows."""
-    rows = [[fill(summary) for fill in _TABLE.values()] for summary in summaries]
-    lines = [list(_TABLE), ["---"] * len(_TABLE), *rows]
+    return markdown(columns, ([fill(s) for fill in columns.values()] for s in summaries))
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    header = list(header)
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

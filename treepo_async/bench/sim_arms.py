@@ -16,9 +16,10 @@ from treepo_async.bench.async_cells import AsyncOptions
 from treepo_async.bench.async_rows import Account, Arm, CellData, LedgerRow, StepRow, write_lags
 from treepo_async.bench.sim_engine import EngineSpeed
 from treepo_async.bench.sim_replay import ReplaySpeed
+from treepo_async.bench.sim_result import SimResult, SimStep
 from treepo_async.bench.sim_settings import LearnerSpeed, SimSettings, WeightsSpeed
 from treepo_async.bench.sim_trees import LogNormal, Plan, TreeShape, draw_plan
-from treepo_async.bench.sim_world import SimResult, SimStep, World
+from treepo_async.bench.sim_world import World
 from treepo_async.errors import ConfigError
 
 BACKEND = "sim"
@@ -32,7 +33,10 @@ def measure(options: AsyncOptions, arm: Arm, seed: int) -> CellData:
     """Simulate a cell."""
     settings = settings_of(arm, staleness=options.staleness, update_mode=options.update)
     simulated = for_arm(settings_from(options), settings, seed)
-    return cell_of(World(simulated).run(), arm, seed, warm_up=options.warm_up)
+    # without its end, in which stock is trained and nothing generated
+    whole = replace(simulated, num_steps=options.steps + options.spare)
+    result = World(whole).run(options.steps, warm_up=options.warm_up)
+    return cell_of(result, arm, seed, warm_up=options.warm_up)
 
 
 def settings_from(options: AsyncOptions) -> SimSettings:
@@ -80,7 +84,7 @@ def for_arm(settings: SimSettings, arm: ArmSettings, seed: int) -> SimSettings:
 
 
 def cell_of(result: SimResult, arm: str, seed: int, *, warm_up: int) -> CellData:
-    """Rows of a simulated run; accounts of time are of the whole of it."""
+    """Rows of a run that was simulated with this warm-up."""
     begin = result.steps[warm_up - 1].end_s if warm_up else 0.0
     pause = median(result.pauses) if len(result.pauses) > 1 else nan
     rows = [_row(step, arm, seed, begin, pause) for step in result.steps[warm_up:]]
@@ -138,4 +142,6 @@ def _row(step: SimStep, arm: str, seed: int, begin: float, pause: float) -> Step
         train_s=step.train_s,
         publish_s=step.publish_s,
         pause_s=pause,
+        arrived_trees=step.delivered - step.dropped,
+        trained_trees=step.trees,
     )

@@ -55,6 +55,16 @@ class Stopwatch:
         self.seconds[self.activity] = self.seconds.get(self.activity, 0.0) + spent
         self.activity, self._since = activity, self.clock.now
 
+    def move(self, activity: str, to: str, seconds: float) -> None:
+        """So much of one activity was another."""
+        self.seconds[activity] = self.seconds.get(activity, 0.0) - seconds
+        self.seconds[to] = self.seconds.get(to, 0.0) + seconds
+
+    def restart(self) -> None:
+        """Forget what was before; what is done goes on."""
+        self.seconds.clear()
+        self._since = self.clock.now
+
     def share(self, activity: str) -> float:
         """Of the time so far."""
         self.switch(self.activity)

@@ -62,9 +62,17 @@ class SimRequest:
     pieces: Pieces = field(default_factory=dict)
     begun: float = 0.0
     """Decode steps of the engine until it began."""
-    shut_at: float = 0.0
+    shut_at: float | None = None
+    """Since when, where it is shut out."""
     shut_s: float = 0.0
     """Before a gate, or for a version."""
+
+    def take_shut(self, now: float) -> float:
+        """Seconds since the last call in which it was shut out."""
+        if self.shut_at is not None:
+            self.shut_s, self.shut_at = self.shut_s + now - self.shut_at, now
+        shut_s, self.shut_s = self.shut_s, 0.0
+        return shut_s
 
 
 class SimEngine:
@@ -174,7 +182,9 @@ class SimEngine:
         if self._loading > self.version:
             return
         self._advance()
-        self.watch.switch("compute" if self._running else "idle")
+        # a closed gate is an update, whatever still runs behind it
+        working = "sync" if self._is_draining else "compute"
+        self.watch.switch(working if self._running else "idle")
         if self._running:
             left = max(0.0, self._running[0][0] - self._steps)
             held = max(0.0, self._held_until - self._clock.now)
@@ -188,6 +198,7 @@ class SimEngine:
         self._closed_at = self._clock.now
         if self._mode == "drain" and (self._running or self._queue):
             self._is_draining = True
+            self.watch.switch("sync")
         else:
             self._begin_to_load()
 
@@ -211,7 +222,8 @@ class SimEngine:
         self.pauses.append(self._clock.now - self._closed_at)
         waiting, self._shut_out = self._shut_out, []
         for request in waiting:
-            request.shut_s += self._clock.now - request.shut_at
+            request.shut_s += self._clock.now - (request.shut_at or 0.0)
+            request.shut_at = None
             self._let_in(request)
         self._is_updating = self._newest > self.version
         if self._is_updating:

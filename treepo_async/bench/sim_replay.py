@@ -132,13 +132,13 @@ class SimReplay(Generic[T]):
         self._handle(self.speed.lease_s, ask)
 
     def put(
-        self, number: int, tree: T, *, has_spread: bool, acknowledged: Callable[[], None]
+        self, number: int, tree: T, *, has_spread: bool, acknowledged: Callable[[bool], None]
     ) -> None:
-        """Deliver a tree."""
+        """Deliver a tree; `acknowledged` gets whether it is kept."""
 
         def take() -> None:
-            self.queue.accept(number, tree, has_spread=has_spread)
-            acknowledged()
+            is_kept = self.queue.accept(number, tree, has_spread=has_spread)
+            acknowledged(is_kept)
             self._answer()
 
         self._handle(self.speed.tree_s, take)

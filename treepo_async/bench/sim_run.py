@@ -1,6 +1,7 @@
 """What a simulation takes from the folder of a real run: its size and rules, how long its steps took, and of what.
 
-Steady steps are those behind the first `WARM_UP` that no evaluation delayed. Neighbour: `sim_calibrate` makes settings of it.
+Steady steps are those behind the first `WARM_UP` that no evaluation delayed; what a run shows of learning is of all steps.
+Neighbour: `sim_calibrate` makes settings of it.
 """
 
 import json
@@ -36,8 +37,14 @@ class RealRun:
     num_steps: int
     shape: TreeShape
     lengths: Seen
+    drop_degenerate: bool
+    max_refills: int
+    drops: tuple[tuple[int, int, int], ...]
+    """Of every step in which trees arrived: its number, those without spread, those accepted."""
+    dropped_size: float
+    """Mean tokens of a tree that was dropped, over those of one that was trained; 1 where none was dropped."""
     degenerate: float
-    """Share of the trees that arrived in the steady steps: it changes as the model learns."""
+    """Share of the trees that arrived in the steady steps."""
     step_s: float
     """Mean over the steady steps, as all below."""
     train_s: float
@@ -52,9 +59,10 @@ def read_real_run(folder: Path) -> RealRun:
     """Read a folder.
 
     Raises:
-        DataError: it is no run's, or the run has too few steady steps.
+        DataError: it is no run's, the run was interrupted, has rules that are not modelled, or too few steady steps.
     """
     config, records = _read(folder)
+    _check(folder, config, records)
     steps = [r for r in records if "reward/mean" in r]
     steady = steady_steps(records)
     if len(steady) < LEAST_STEADY:
@@ -75,6 +83,10 @@ def read_real_run(folder: Path) -> RealRun:
         num_steps=config["steps"],
         shape=_shape(config["tree"]),
         lengths=lengths_of(steps, config["tree"]["segment_tokens"]),
+        drop_degenerate=config["replay"]["drop_degenerate"],
+        max_refills=config["replay"]["max_refills"],
+        drops=drops_of(steps),
+        dropped_size=dropped_size(steps),
         degenerate=sum(_count(r, "degenerate") for r in steady) / arrived if arrived else 0.0,
         step_s=statistics.mean(r["time/wall_s"] for r in steady),
         train_s=statistics.mean(r["time/train_s"] for r in steady),
@@ -117,6 +129,38 @@ def lengths_of(steps: Sequence[Record], segment_tokens: int) -> Seen:
         within = (reached[level] - place) / (reached[level] - after)
         found.append(max(1, round((level + 0.5 + within) * segment_tokens)))
     return Seen(tuple(sorted(found)))
+
+
+def drops_of(steps: Sequence[Record]) -> tuple[tuple[int, int, int], ...]:
+    """See `RealRun.drops`."""
+    counts = [(r["step"], _count(r, "degenerate"), _count(r, "accepted")) for r in steps]
+    return tuple((step, dropped, kept) for step, dropped, kept in counts if dropped + kept)
+
+
+def dropped_size(steps: Sequence[Record]) -> float:
+    """See `RealRun.dropped_size`: over a whole run what is decoded and not trained is of dropped trees."""
+    dropped = sum(_count(r, "degenerate") for r in steps)
+    accepted = sum(_count(r, "accepted") for r in steps)
+    unique = sum(r["tokens/unique"] for r in steps)
+    if not dropped or not accepted:
+        return 1.0
+    lost = sum(r["tokens/decoded"] for r in steps) - unique
+    return float((lost / dropped) / (unique / accepted))
+
+
+def _check(folder: Path, config: Any, records: Sequence[Record]) -> None:
+    lineage = max((r.get("learner/lineage") or 0 for r in records), default=0)
+    if lineage:
+        raise DataError(
+            f"{folder}: learner/lineage={lineage}, the run was interrupted and its times are of more than one attempt; "
+            "make it again in an empty folder"
+        )
+    mode = config["engine"]["update_mode"]
+    if mode != "drain":
+        raise DataError(
+            f"{folder}: engine.update_mode={mode} is not modelled: what a real engine takes to compute prefixes again is not "
+            "measured; take a run with engine.update_mode=drain"
+        )
 
 
 def _levels(record: Record) -> list[str]:

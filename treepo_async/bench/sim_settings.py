@@ -7,6 +7,7 @@ source of each).
 
 from dataclasses import dataclass, field
 
+from treepo_async.bench.sim_drops import Drops
 from treepo_async.bench.sim_engine import MODES, EngineSpeed
 from treepo_async.bench.sim_replay import ReplaySpeed
 from treepo_async.bench.sim_trees import Lengths, LogNormal, TreeShape
@@ -51,8 +52,11 @@ class SimSettings:
     update_mode: str = "drain"
     shape: TreeShape = field(default_factory=TreeShape)
     lengths: Lengths = field(default_factory=lambda: LogNormal(30, 2))
-    degenerate: float = 0.0
-    """Share of trees without spread, which are dropped."""
+    degenerate: float | Drops = 0.0
+    """Share of trees without spread, which are dropped: of all, or by the step of the policy."""
+    dropped_size: float = 1.0
+    """Tokens of such a tree, over those of another."""
+    drop_degenerate: bool = True
     max_refills: int = 64
     score_s: float = 0.0
     """From the last token of a tree until it is delivered."""
@@ -62,6 +66,14 @@ class SimSettings:
     weights: WeightsSpeed = field(default_factory=WeightsSpeed)
     seed: int = 0
 
+    def degenerate_at(self, published: int) -> float:
+        """Share of trees without spread among those that are begun after so many publications."""
+        if not isinstance(self.degenerate, Drops):
+            return self.degenerate
+        # the policy moves on in the step in which a tree is begun: its middle stands for it
+        place = self.degenerate.place(published + 0.5, self.prompts_per_batch)
+        return self.degenerate.at(place)
+
     def check(self) -> None:
         """Raise ConfigError for what cannot be simulated."""
         counts = ("actors", "trees_per_actor", "engines", "prompts_per_batch", "num_steps")
@@ -70,5 +82,5 @@ class SimSettings:
                 raise ConfigError(f"{name}={value} must be at least 1")
         if self.update_mode not in MODES:
             raise ConfigError(f"update_mode={self.update_mode} must be one of {', '.join(MODES)}")
-        if not 0 <= self.degenerate < 1:
+        if not isinstance(self.degenerate, Drops) and not 0 <= self.degenerate < 1:
             raise ConfigError(f"degenerate={self.degenerate} must be at least 0 and below 1")

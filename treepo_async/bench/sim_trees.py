@@ -12,7 +12,7 @@ import bisect
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Protocol
 
@@ -153,6 +153,17 @@ def draw_plan(shape: TreeShape, lengths: Lengths, rng: random.Random) -> Plan:
         forks = _next_forks(shape, draft, alive, len(lasts)) if alive else _at_prompt(shape, draft)
         number += 1
     return Plan(tuple(draft.requests), sum(draft.ends))
+
+
+def resized(plan: Plan, factor: float, rng: random.Random) -> Plan:
+    """The tree with requests of `factor` times their tokens, rounded so that the mean is kept, but at least 1."""
+    requests = list[Request]()
+    for old in plan.requests:
+        before = requests[old.parent] if old.parent >= 0 else None
+        begin = before.begin + before.tokens if before else 0
+        tokens = max(1, math.floor(old.tokens * factor + rng.random()))
+        requests.append(replace(old, begin=begin, tokens=tokens))
+    return Plan(tuple(requests), round(plan.leaf_tokens * factor))
 
 
 def _at_prompt(shape: TreeShape, draft: _Draft) -> list[int]:

@@ -13,81 +13,14 @@ failures, evaluations and checkpoints here. Invariants, asserted as it runs: no 
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from treepo_async.bench.sim_clock import Clock, Stopwatch
 from treepo_async.bench.sim_engine import Pieces, SimEngine, SimRequest
 from treepo_async.bench.sim_replay import SimQueue, SimReplay
+from treepo_async.bench.sim_result import GrownTree, SimResult, SimStep
 from treepo_async.bench.sim_settings import SimSettings
-from treepo_async.bench.sim_trees import Plan, draw_plan
+from treepo_async.bench.sim_trees import Plan, draw_plan, resized
 from treepo_async.replay.rules import QueueRules
-
-
-@dataclass(frozen=True, slots=True)
-class GrownTree:
-    """A tree as the learner gets it."""
-
-    tokens: int
-    """Each counted once."""
-    leaf_tokens: int
-    """Each counted once for every leaf below it."""
-    pieces: Pieces
-    """Tokens by version."""
-
-
-@dataclass(frozen=True, slots=True)
-class SimStep:
-    """A step of the learner."""
-
-    step: int
-    """From 1."""
-    end_s: float
-    wait_batch_s: float
-    train_s: float
-    publish_s: float
-    trees: int
-    tokens: int
-    leaf_tokens: int
-    decoded_tokens: int
-    """Of the trees that were delivered since the step before."""
-    discarded_tokens: int
-    """Of these, of trees that were dropped."""
-    lags: dict[int, int]
-    """Tokens by publications between sampling and training."""
-
-
-@dataclass
-class SimResult:
-    """What became of a run."""
-
-    steps: list[SimStep] = field(default_factory=list)
-    seconds: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By role (all slots of all actors, all engines) and activity."""
-    pauses: list[float] = field(default_factory=list)
-    """Of all engines, for new weights."""
-    decoded_tokens: int = 0
-    leased: int = 0
-    ended: int = 0
-    """Leases whose trees were delivered."""
-    dropped: int = 0
-    trained: int = 0
-    """Trees."""
-
-    def mean_step_s(self, *, warm_up: int = 0) -> float:
-        """From the end of the warm-up on."""
-        begin = self.steps[warm_up - 1].end_s if warm_up else 0.0
-        return (self.steps[-1].end_s - begin) / (len(self.steps) - warm_up)
-
-    def tokens_per_s(self, *, warm_up: int = 0) -> float:
-        """Trained tokens of all leaves, likewise."""
-        rest = self.steps[warm_up:]
-        return sum(s.leaf_tokens for s in rest) / (self.mean_step_s(warm_up=warm_up) * len(rest))
-
-    def share(self, role: str, *activities: str) -> float:
-        """Of the time of a role."""
-        seconds = self.seconds[role]
-        whole = sum(seconds.values())
-        return sum(seconds.get(name, 0.0) for name in activities) / whole if whole else 0.0
 
 
 class World:
@@ -103,7 +36,7 @@ class World:
             num_batches=settings.num_steps,
             lease_timeout_s=60.0,
             max_attempts=1,
-            drop_degenerate=True,
+            drop_degenerate=settings.drop_degenerate,
             max_refills=settings.max_refills,
         )
         self.queue: SimQueue[GrownTree] = SimQueue(rules)
@@ -113,11 +46,13 @@ class World:
             for _ in range(settings.engines)
         ]
         self.result = SimResult()
-        self._decoded = self._discarded = 0
-        """Tokens of the trees delivered since the last step."""
+        self._warm_up = 0
+        self._arrived: list[tuple[GrownTree, bool]] = []
+        """Trees delivered since the last step, and whether they were kept."""
         self._pending = self._sending = 0
         """Newest publication, and the one that is on its way to engines."""
         self._is_sending = False
+        self._accounts_since = 0.0
         self._learner = _Learner(self)
         self._slots = [
             _Slot(self, self.engines[actor % settings.engines])
@@ -130,9 +65,10 @@ class World:
         """Of the run."""
         return self._settings
 
-    def run(self, until: int | None = None) -> SimResult:
-        """Train all steps, or the first so many of them."""
+    def run(self, until: int | None = None, *, warm_up: int = 0) -> SimResult:
+        """Train all steps, or the first so many of them. Accounts of time begin behind the warm-up."""
         wanted = until or self._settings.num_steps
+        self._warm_up = warm_up
         for slot in self._slots:
             slot.begin()
         self._learner.ask()
@@ -152,9 +88,9 @@ class World:
             self.clock.after(self._settings.weights.send_s, lambda: self._send(0))
 
     def delivered(self, tree: GrownTree, *, is_kept: bool) -> None:
-        """A tree is on its way to replay."""
-        self._decoded += tree.tokens
-        self._discarded += 0 if is_kept else tree.tokens
+        """Replay has a tree."""
+        self.result.ended += 1
+        self._arrived.append((tree, is_kept))
 
     def trained(
         self, batch: Sequence[GrownTree], wait_s: float, train_s: float, publish_s: float
@@ -165,6 +101,7 @@ class World:
         for tree in batch:
             lags.update({step - version: tokens for version, tokens in tree.pieces.items()})
         assert 0 <= min(lags) <= max(lags) <= self._settings.max_staleness, "staleness bound"
+        lost = [tree.tokens for tree, is_kept in self._arrived if not is_kept]
         done = SimStep(
             step=step + 1,
             end_s=self.clock.now,
@@ -174,13 +111,17 @@ class World:
             trees=len(batch),
             tokens=sum(tree.tokens for tree in batch),
             leaf_tokens=sum(tree.leaf_tokens for tree in batch),
-            decoded_tokens=self._decoded,
-            discarded_tokens=self._discarded,
+            decoded_tokens=sum(tree.tokens for tree, _ in self._arrived),
+            discarded_tokens=sum(lost),
+            delivered=len(self._arrived),
+            dropped=len(lost),
             lags=dict(lags),
         )
-        self._decoded = self._discarded = 0
+        self._arrived.clear()
         self.result.steps.append(done)
         self.result.trained += len(batch)
+        if step + 1 == self._warm_up:
+            self._begin_accounts()
         self.publish(step + 1)
 
     def _send(self, place: int) -> None:
@@ -196,17 +137,29 @@ class World:
         else:
             self._is_sending = False
 
-    def _closed(self) -> SimResult:
-        result, end = self.result, self.clock.now
-        watches = {
+    def _watches(self) -> dict[str, list[Stopwatch]]:
+        for slot in self._slots:
+            slot.settle()
+        return {
             "learner": [self._learner.watch],
             "engine": [engine.watch for engine in self.engines],
             "actor": [slot.watch for slot in self._slots],
         }
-        for role, kept in watches.items():
+
+    def _begin_accounts(self) -> None:
+        for watches in self._watches().values():
+            for watch in watches:
+                watch.restart()
+        self._accounts_since = self.clock.now
+        self.replay.busy_s = 0.0
+
+    def _closed(self) -> SimResult:
+        result = self.result
+        for role, kept in self._watches().items():
             result.seconds[role] = _summed(kept)
-        busy = min(end, self.replay.busy_s)
-        result.seconds["replay"] = {"compute": busy, "idle": end - busy}
+        whole = self.clock.now - self._accounts_since
+        busy = min(whole, self.replay.busy_s)
+        result.seconds["replay"] = {"compute": busy, "idle": whole - busy}
         result.pauses = [pause for engine in self.engines for pause in engine.pauses]
         result.decoded_tokens = sum(engine.decoded for engine in self.engines)
         result.leased, result.dropped = self.queue.num_leased, self.queue.num_dropped
@@ -214,47 +167,56 @@ class World:
 
 
 class _Slot:
-    """One of the trees that an actor grows at once."""
+    """One of the trees that an actor grows at once; its accounts are those of `metrics.categories.ACTOR`."""
 
     def __init__(self, world: World, engine: SimEngine) -> None:
         self._world, self._engine = world, engine
+        self._growing: _Growing | None = None
         self.watch = Stopwatch(world.clock)
 
     def begin(self) -> None:
         """Ask for a lease."""
-        self.watch.switch("wait_queue")
+        self.watch.switch("wait_data")
         self._world.replay.lease(self._grow)
+
+    def settle(self) -> None:
+        """Book the time so far in which the tree was shut out."""
+        self.watch.switch(self.watch.activity)
+        if self._growing is not None:
+            self.watch.move(
+                "compute", "wait_weights", self._growing.take_shut(self._world.clock.now)
+            )
 
     def _grow(self, number: int, least_version: int) -> None:
         self.watch.switch("compute")
         settings = self._world.settings
         rng = self._world.tree_rng(number)
         plan = draw_plan(settings.shape, settings.lengths, rng)
-        has_spread = rng.random() >= settings.degenerate
+        has_spread = rng.random() >= settings.degenerate_at(self._world.queue.published)
+        if not has_spread and settings.dropped_size != 1.0:
+            plan = resized(plan, settings.dropped_size, rng)
 
         def put(pieces: Pieces) -> None:
             tree = GrownTree(plan.tokens, plan.leaf_tokens, pieces)
             self._put(number, tree, has_spread=has_spread)
 
-        growing = _Growing(self._engine, plan, least_version, settings.shape.prompt_tokens, put)
-        self.watch.seconds.setdefault("wait_weights", 0.0)
-        self._growing = growing
-        growing.start(is_eager=settings.shape.growth == "eager")
+        self._growing = _Growing(
+            self._engine, plan, least_version, settings.shape.prompt_tokens, put
+        )
+        self._growing.start(is_eager=settings.shape.growth == "eager")
 
     def _put(self, number: int, tree: GrownTree, *, has_spread: bool) -> None:
-        shut_s = self._growing.shut_s
-        self.watch.switch("sync")
-        self.watch.seconds["compute"] = self.watch.seconds.get("compute", 0.0) - shut_s
-        self.watch.seconds["wait_weights"] += shut_s
+        self.settle()
+        self._growing = None
         world = self._world
 
-        def acknowledged() -> None:
-            world.result.ended += 1
+        def acknowledged(is_kept: bool) -> None:
+            world.delivered(tree, is_kept=is_kept)
             self.begin()
 
         def deliver() -> None:
+            self.watch.switch("wait_queue")
             world.replay.put(number, tree, has_spread=has_spread, acknowledged=acknowledged)
-            world.delivered(tree, is_kept=has_spread)
 
         world.clock.after(world.settings.score_s, deliver)
 
@@ -276,8 +238,10 @@ class _Growing:
         self._pieces: Counter[int] = Counter()
         self._num_out = 0
         self._num_done = 0
-        self.shut_s = 0.0
-        """In which it was shut out, as a share of its requests."""
+        self._shut_s = 0.0
+        """Of requests that ended, see `take_shut`."""
+        self._out: dict[int, tuple[SimRequest, int]] = {}
+        """By place: requests in the engine, and how many went there with each."""
 
     def start(self, *, is_eager: bool) -> None:
         """Ask for what can be asked for."""
@@ -297,13 +261,22 @@ class _Growing:
         request = self._plan.requests[place]
 
         def done(pieces: Pieces) -> None:
-            self.shut_s += asked.shut_s / beside
+            self._shut_s += asked.shut_s / beside
+            del self._out[place]
             self._done(place, pieces)
 
         cached_by = self._versions.get(request.parent, -1)
         context = self._prompt + request.begin
         asked = SimRequest(request.tokens, context, cached_by, self._least, done)
+        self._out[place] = asked, beside
         self._engine.submit(asked)
+
+    def take_shut(self, now: float) -> float:
+        """Seconds since the last call in which it was shut out, as a share of its requests."""
+        shut_s, self._shut_s = self._shut_s, 0.0
+        for request, beside in self._out.values():
+            shut_s += request.take_shut(now) / beside
+        return shut_s
 
     def _done(self, place: int, pieces: Pieces) -> None:
         self._pieces.update(pieces)

@@ -77,8 +77,13 @@ def parse(words: Sequence[str]) -> tuple[list[Path], Path]:
 
 
 def write(folders: Iterable[Path], out: Path) -> str:
-    """Write table, points and picture. Gives the table."""
+    """Write table, points and picture. Gives the table.
+
+    Raises:
+        DataError: a folder is none of a run, the runs are not of one grid, or none has an evaluation.
+    """
     runs = [read_run(folder) for folder in folders]
+    check_one_grid(runs)
     if not any(run.points for run in runs):
         raise DataError("no run has an evaluation; run them with eval.every above 0")
     out.mkdir(parents=True, exist_ok=True)
@@ -93,6 +98,32 @@ def write(folders: Iterable[Path], out: Path) -> str:
     (out / "staleness.md").write_text(text)
     draw(out / "staleness.png", runs)
     return text
+
+
+def check_one_grid(runs: Sequence[StaleRun]) -> None:
+    """Runs are compared, and seeds of a combination averaged, only where all else is alike.
+
+    Raises:
+        DataError: two runs differ in another key than those of the grid, or are of one combination and seed.
+    """
+    first, *others = runs
+    for run in others:
+        for key in sorted(first.setup.keys() | run.setup.keys()):
+            values = [of.setup.get(key, "absent") for of in (first, run)]
+            if values[0] != values[1]:
+                raise DataError(
+                    f"{first.name} and {run.name} differ in {key} ({values[0]} and {values[1]}), so they are not of one grid; "
+                    "give folders of runs that differ in seed, replay.max_staleness and learner.correction alone"
+                )
+    seen = dict[tuple[int, str, int], str]()
+    for run in runs:
+        place = run.max_staleness, run.correction, run.seed
+        if place in seen:
+            raise DataError(
+                f"{seen[place]} and {run.name} both have replay.max_staleness={run.max_staleness} "
+                f"learner.correction={run.correction} seed={run.seed}; give one of them"
+            )
+        seen[place] = run.name
 
 
 def combined(runs: Iterable[StaleRun]) -> dict[Combination, list[StaleRun]]:

@@ -5,7 +5,7 @@ Of two records of a step the later one counts (`docs/metrics.md`). A run that di
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,15 @@ import yaml
 
 from treepo_async.errors import DataError
 
+OWN_KEYS = frozenset(
+    (
+        *("seed", "replay.max_staleness", "learner.correction", "learner.loss.correction"),
+        *("run_dir", "resume", "cache_dir", "weights.dir", "engine.url", "engine.api_key_file"),
+    )
+)
+"""Keys in which runs of one grid differ: what makes them cells of it, and where a run keeps and finds things."""
+OWN_SECTION = "cluster."
+"""Where processes run, likewise."""
 _LAST_QUARTER = 4
 
 
@@ -41,6 +50,8 @@ class StaleRun:
     max_staleness: int
     correction: str
     seed: int
+    setup: Mapping[str, Any]
+    """All keys that the runs of a grid have in common, by their whole names."""
     has_ended: bool
     """It trained all of its steps."""
     points: tuple[Point, ...]
@@ -69,6 +80,7 @@ def read_run(folder: Path) -> StaleRun:
         max_staleness=config["replay"]["max_staleness"],
         correction=_correction(config["learner"]),
         seed=config["seed"],
+        setup=_setup(config),
         has_ended=len(steps) >= config["steps"],
         points=tuple(_points(steps, evals)),
         reward=_reward(steps),
@@ -86,6 +98,20 @@ def _config(folder: Path) -> Any:
         raise DataError(
             f"{folder}: config.yaml cannot be read ({error}); give folders of runs"
         ) from error
+
+
+def _setup(config: Mapping[str, Any]) -> dict[str, Any]:
+    keys = dict(_flat(config))
+    own = OWN_KEYS.union(key for key in keys if key.startswith(OWN_SECTION))
+    return {key: value for key, value in keys.items() if key not in own}
+
+
+def _flat(section: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in section.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{before}{name}.")
+        else:
+            yield f"{before}{name}", value
 
 
 def _correction(learner: Mapping[str, Any]) -> str:

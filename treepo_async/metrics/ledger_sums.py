@@ -104,10 +104,14 @@ class LedgerSums:
         return [line.record() for line in lines.values()]
 
     def take_step(self) -> dict[str, float]:
-        """Shares since the last call, as `ledger/<kind>/<category>`; kinds of which nothing was heard are left out."""
+        """Shares since the last call, as `ledger/<kind>/<category>`; kinds of which nothing was heard are left out.
+
+        Of which time they are shares is in `ledger/<kind>/seconds`: that which was told, which is not the time of the step.
+        """
         shares = _shares(self._since_step)
+        told = {f"ledger/{kind}/seconds": sum(self._since_step[kind].values()) for kind in shares}
         self._since_step = {}
-        return {
+        return told | {
             f"ledger/{kind}/{category}": share
             for kind, of_kind in shares.items()
             for category, share in of_kind.items()

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from treepo_async.metrics.lengths import LengthSums
+
 Event = Mapping[str, Any]
 
 STEP_NAMES = {
@@ -143,6 +145,12 @@ class Recorder:
 
     def _sampling(self) -> dict[str, Any]:
         trees = self._trees
+        lengths = LengthSums(
+            trees["delivered_tokens"],
+            trees["num_leaves"],
+            trees["weighted_tokens"],
+            trees["weight_sum"],
+        )
         return {
             "tokens/decoded": trees["decoded_tokens"],
             "tokens/delivered": trees["delivered_tokens"],
@@ -155,8 +163,8 @@ class Recorder:
             "engine/http_s": _share(trees["overhead_s"], trees["num_requests"]),
             "accuracy/sampled": _share(trees["accuracy_sum"], trees["num_scored"]),
             "tokens/saved": trees["saved_tokens"],
-            "length/delivered": _share(trees["delivered_tokens"], trees["num_leaves"]),
-            "length/unbiased": _share(trees["weighted_tokens"], trees["weight_sum"]),
+            "length/delivered": lengths.delivered,
+            "length/unbiased": lengths.unbiased,
             "tree/grow_mean_s": fmean(self._grow_s) if self._grow_s else None,
             "tree/grow_max_s": max(self._grow_s, default=None),
             **self._routing(),
