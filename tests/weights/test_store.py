@@ -13,9 +13,11 @@ from treepo_async.weights.manifest import (
     Manifest,
     Probe,
     TensorInfo,
+    hash_tensors,
+    read_tensors,
     verify,
 )
-from treepo_async.weights.store import NamedTensor, WeightStore
+from treepo_async.weights.store import NamedTensor, WeightStore, write_tensors
 
 SIZE = 64
 EXPECTED = {"w": TensorInfo("F32", (SIZE,))}
@@ -236,3 +238,37 @@ def test_what_cannot_be_removed_is_told_of_and_fails_no_publication(
 
 def refuse(folder):
     raise OSError(5, "Input/output error", str(folder))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ([NamedTensor("a", TensorInfo("F32", (3,)), bytes(8))], "tensor a has 8 bytes, .* has 12"),
+        (
+            [NamedTensor("a", TensorInfo("F32", (1,)), bytes(4))] * 2,
+            "of 3 tensors only 2 have names",
+        ),
+    ],
+    ids=["size", "name"],
+)
+def test_tensors_that_are_not_what_they_say_are_refused_and_their_file_is_read_by_nobody(
+    tmp_path, tensors, message
+):
+    file = tmp_path / "model.safetensors"
+    good = NamedTensor("b", TensorInfo("F32", (2,)), bytes(8))
+    with pytest.raises(WeightsError, match=message):
+        write_tensors(file, [good, *tensors])
+    with pytest.raises(WeightsError, match="no safetensors file"):
+        read_tensors(file)
+
+
+def test_many_tensors_written_at_a_time_come_back_as_safetensors_reads_them(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"t{i}": rng.normal(size=(i % 5, i)).astype(np.float32) for i in range(40)}
+    tensors = [NamedTensor(n, TensorInfo("F32", a.shape), a.tobytes()) for n, a in arrays.items()]
+    file = tmp_path / "model.safetensors"
+    hashes = write_tensors(file, tensors)
+    found = load_file(file)
+    assert list(read_tensors(file)) == list(arrays)
+    assert all(np.array_equal(found[name], array) for name, array in arrays.items())
+    assert hashes == hash_tensors(file)

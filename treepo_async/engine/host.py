@@ -41,7 +41,7 @@ from treepo_async.metrics.tell import Teller, telling
 from treepo_async.types import PolicyVersion
 from treepo_async.weights.manifest import Manifest, Probe, TensorInfo, published_tensors
 
-LOOK_S = 0.02
+LOOK_S = 0.01
 """How often publications are looked at."""
 
 BASE_VERSION = PolicyVersion(0, 0)

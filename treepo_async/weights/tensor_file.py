@@ -2,7 +2,8 @@
 
 The header of a safetensors file comes first and names every tensor, but a writer that is given tensors one after another knows
 them all only at the end. So room is left in front, and the header is padded with spaces to fill it, which the format allows.
-Neighbours: `checkpoints` writes what the learner gathers, `export` what it reads from there; `manifest` reads headers.
+Neighbours: `checkpoints` writes what the learner gathers, `export` what it reads from there; `store` has all tensors at hand and writes
+several at a time, behind the `head_of` them; `manifest` reads headers.
 
 Invariant: a file that was not closed has a header length of 0 and no header, and nobody takes it for a whole one.
 """
@@ -101,11 +102,14 @@ class TensorFileWriter:
 
 def header_room(tensors: Mapping[str, TensorInfo]) -> int:
     """Bytes of the header of these tensors, written in this order; a multiple of 8, so that data is aligned."""
-    entries, end = {}, 0
-    for name, info in tensors.items():
-        entries[name] = _entry(info, end)
-        end += num_bytes(info)
-    return -(-len(_header(entries)) // 8) * 8
+    return -(-len(_header(_entries(tensors))) // 8) * 8
+
+
+def head_of(tensors: Mapping[str, TensorInfo]) -> tuple[bytes, list[int]]:
+    """What comes before the data of these tensors, and where in the file each of them begins."""
+    entries, room = _entries(tensors), header_room(tensors)
+    head = room.to_bytes(LENGTH_BYTES, "little") + _header(entries).ljust(room)
+    return head, [len(head) + entry["data_offsets"][0] for entry in entries.values()]
 
 
 def num_bytes(info: TensorInfo) -> int:
@@ -114,6 +118,14 @@ def num_bytes(info: TensorInfo) -> int:
     for size in info.shape:
         count *= size
     return count * ITEM_BYTES[info.dtype]
+
+
+def _entries(tensors: Mapping[str, TensorInfo]) -> dict[str, dict[str, Any]]:
+    entries, end = {}, 0
+    for name, info in tensors.items():
+        entries[name] = _entry(info, end)
+        end += num_bytes(info)
+    return entries
 
 
 def _entry(info: TensorInfo, begin: int) -> dict[str, Any]:
