@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from treepo_async.cluster.resume import (
     clear_for_resume,
     find_resume_version,
-    held,
     parse_resumed,
     take_lineage,
 )
 from treepo_async.config.command_line import describe
+from treepo_async.config.run_lock import held
 from treepo_async.config.schema import Config
 from treepo_async.errors import ConfigError, DataError, RoleError
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import subprocess
 import threading
 import time
 from dataclasses import replace
@@ -60,8 +61,26 @@ def test_processor_time_is_told_finer_than_ticks_and_of_every_thread():
     done.set()
     thread.join()
     assert 0.005 <= spent < 0.0095
-    with pytest.raises(TreepoError, match=r"/proc/0/task/\*/schedstat is not there"):
-        processor_s(0)
+
+
+def test_a_thread_that_ends_while_they_are_read_is_left_out(tmp_path):
+    # many, as they are listed in any order
+    for number in range(20):
+        thread = tmp_path / "7" / "task" / str(number)
+        thread.mkdir(parents=True)
+        if number % 2:
+            (thread / "schedstat").write_text("5000000 20 3\n")
+    assert processor_s(7, tmp_path) == 0.05
+
+
+def test_a_kernel_that_keeps_no_processor_times_is_told_from_a_process_that_has_ended(tmp_path):
+    (tmp_path / "7" / "task" / "7").mkdir(parents=True)
+    with pytest.raises(TreepoError, match=r"7/task/\*/schedstat is not there.*CONFIG_SCHED_INFO"):
+        processor_s(7, tmp_path)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with pytest.raises(TreepoError, match=f"process {ended.pid} has ended"):
+        processor_s(ended.pid)
 
 
 def test_latency_counts_from_when_a_tree_was_due(replay):

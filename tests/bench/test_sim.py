@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from treepo_async.bench.async_rows import Arm
 from treepo_async.bench.async_summary import summarize
 from treepo_async.bench.sim_arms import measure
 from treepo_async.bench.sim_scale import draw, scale_of, table, write
+from treepo_async.config.run_lock import LOCK_FILE, held
 from treepo_async.errors import ConfigError, TreepoError
 
 
@@ -21,20 +23,28 @@ class Launcher:
     def __call__(self, keys, log, timeout_s):
         self.made.append(keys)
         values = dict(key.split("=") for key in keys)
-        # fails where there is a folder already
-        folder = write_run(
-            sim.Path(values["run_dir"]),
+        folder = sim.Path(values["run_dir"])
+        left = {path.name for path in folder.iterdir()} if folder.exists() else set()
+        assert left <= {LOCK_FILE}, "it begins in an empty folder"
+        write_run(
+            folder,
             [step(number) for number in range(1, 13)],
             steps=12,
             staleness=int(values["replay.max_staleness"]),
         )
-        (folder / "model").mkdir()
+        (folder / "model").mkdir(parents=True)
         (folder / "model" / "policy_version").write_text("0.12")
         return 0
 
 
 def silent(line):
     pass
+
+
+def stop(folder, label):
+    """Note a run as one that was not waited for to its end."""
+    file = folder / f"{label}.cell.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"code": -1}))
 
 
 def test_validation_makes_three_runs_of_a_seed_once_and_predicts_two_from_the_first(tmp_path):
@@ -50,8 +60,9 @@ def test_validation_makes_three_runs_of_a_seed_once_and_predicts_two_from_the_fi
 def test_a_validation_run_that_was_stopped_is_made_again_from_its_beginning(tmp_path):
     sim.make_runs(tmp_path, 0, Launcher(), silent)
     # one was stopped on its way, one before it was noted that it ended well
+    stop(tmp_path, "ahead")
     shutil.rmtree(tmp_path / "ahead" / "model")
-    (tmp_path / "large.cell.json").unlink()
+    stop(tmp_path, "large")
     launch = Launcher()
     sim.make_runs(tmp_path, 0, launch, silent)
     assert [dict(key.split("=") for key in keys)["run_dir"] for keys in launch.made] == [
@@ -65,6 +76,42 @@ def test_a_finished_run_of_another_seed_is_neither_taken_nor_removed(tmp_path):
     with pytest.raises(ConfigError, match="holds a run with"):
         sim.make_runs(tmp_path, 3, Launcher(), silent)
     assert (tmp_path / "ahead" / "model" / "policy_version").is_file()
+
+
+def test_a_run_of_another_seed_that_was_stopped_is_not_removed(tmp_path):
+    sim.make_runs(tmp_path, 0, Launcher(), silent)
+    stop(tmp_path, "ahead")
+    with pytest.raises(ConfigError, match="holds a run with"):
+        sim.make_runs(tmp_path, 3, Launcher(), silent)
+    assert (tmp_path / "ahead" / "metrics.jsonl").is_file()
+
+
+def test_a_run_that_is_at_work_is_not_removed(tmp_path):
+    sim.make_runs(tmp_path, 0, Launcher(), silent)
+    stop(tmp_path, "ahead")
+    with held(tmp_path / "ahead"), pytest.raises(ConfigError, match="in use by another driver"):
+        sim.make_runs(tmp_path, 0, Launcher(), silent)
+    assert (tmp_path / "ahead" / "metrics.jsonl").is_file()
+
+
+def test_the_lock_of_a_run_stays_while_what_it_left_is_removed(tmp_path):
+    sim.make_runs(tmp_path, 0, Launcher(), silent)
+    with held(tmp_path / "ahead"):
+        lock = (tmp_path / "ahead" / LOCK_FILE).stat().st_ino
+    stop(tmp_path, "ahead")
+    sim.make_runs(tmp_path, 0, Launcher(), silent)
+    assert (tmp_path / "ahead" / LOCK_FILE).stat().st_ino == lock
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_whose_keys_nobody_noted_is_neither_taken_nor_removed(tmp_path, is_finished):
+    sim.make_runs(tmp_path, 0, Launcher(), silent)
+    (tmp_path / "ahead.cell.json").unlink()
+    if not is_finished:
+        shutil.rmtree(tmp_path / "ahead" / "model")
+    with pytest.raises(ConfigError, match=r"ahead\.cell\.json .* is not there; put that back"):
+        sim.make_runs(tmp_path, 0, Launcher(), silent)
+    assert (tmp_path / "ahead" / "metrics.jsonl").is_file()
 
 
 def test_a_validation_run_that_fails_ends_it_with_its_last_words(tmp_path):

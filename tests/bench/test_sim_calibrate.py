@@ -13,7 +13,7 @@ from treepo_async.bench.sim_calibrate import (
     with_rules,
 )
 from treepo_async.bench.sim_drops import GAMMA
-from treepo_async.bench.sim_run import dropped_size, lengths_of, read_real_run
+from treepo_async.bench.sim_run import dropped_size, drops_of, lengths_of, read_real_run
 from treepo_async.bench.sim_settings import LearnerSpeed, SimSettings, WeightsSpeed
 from treepo_async.errors import DataError
 
@@ -79,7 +79,13 @@ def test_a_run_is_read_with_its_rules_for_dropped_trees_and_what_became_of_them(
     settings = with_rules(SimSettings(), run)
     assert (settings.drop_degenerate, settings.max_refills) == (False, 7)
     # of the warm-up too, and not of a step in which nothing arrived
-    assert run.drops == tuple((n, 1, 3) for n in range(1, 13) if n != 5)
+    assert run.drops == tuple((n, 1, 3, 0.5) for n in range(1, 13) if n != 5)
+
+
+@pytest.mark.parametrize("missing", [{}, {"staleness/mean": None}])
+def test_trees_of_a_record_without_staleness_are_of_its_own_step(missing):
+    record = {key: value for key, value in step(3).items() if key != "staleness/mean"}
+    assert drops_of([record | missing]) == ((3, 1, 3, 0.0),)
 
 
 def test_the_size_of_dropped_trees_is_what_was_decoded_and_not_trained():
@@ -133,7 +139,7 @@ def test_a_simulated_run_that_is_read_as_a_real_one_is_predicted_from_another(ru
 
 
 def test_a_run_that_drops_more_trees_is_predicted_slower_with_its_own_share(run):
-    many = tuple((step, 6, 4) for step in range(1, 13))
+    many = tuple((step, 6, 4, 0.5) for step in range(1, 13))
     settings = calibrate(run)
     prediction = predict(settings, replace(run, degenerate=0.6, drops=many))
     assert prediction.simulated.step_s == pytest.approx(run.step_s, rel=0.01)

@@ -94,6 +94,10 @@ class LocalRay(FakeRay):
     def __init__(self, fails=None, never=(), addresses=("127.0.0.1", "127.0.0.1")):
         super().__init__({}, addresses=addresses)
         self.calls, self.fails, self.never, self.options = [], fails or {}, never, []
+        self.made_and_killed = []
+
+    def kill(self, handle):
+        self.made_and_killed.append(("killed", handle))
 
     def remote(self, **options):
         self.options.append(options)
@@ -107,7 +111,9 @@ class LocalRay(FakeRay):
 
             return SimpleNamespace(remote=call)
 
-        return SimpleNamespace(**{name: method(name) for name in ("prepare", "look", "take")})
+        handle = SimpleNamespace(**{name: method(name) for name in ("prepare", "look", "take")})
+        self.made_and_killed.append(("made", handle))
+        return handle
 
     def wait(self, calls, *, num_returns, timeout):
         return [], [call for call in calls if call[0] in self.never]
@@ -187,6 +193,7 @@ def test_a_role_that_takes_no_slot_moves_to_another_node_or_stays_on_the_only_on
     ray = LocalRay()
     there = hosts.nodes_of(ray)
     held = hosts.Hosts(ray, {"actor-0": hosts.Berth(there[0], 0, 0)}, tmp_path)
+    held.create(role)
     assert held.move(role) == "127.0.0.1"
     assert held.berths["actor-0"].node.id == there[1].id
     ray.nodes = lambda: [FakeRay.nodes(ray)[0]]
@@ -194,6 +201,25 @@ def test_a_role_that_takes_no_slot_moves_to_another_node_or_stays_on_the_only_on
     assert held.move(role) == "127.0.0.1"
     ray.nodes = list
     assert held.move(role) is None
+
+
+def test_a_host_that_may_live_is_killed_before_another_one_takes_its_role(tmp_path):
+    role = make_plan(parse([]), run_dir=tmp_path, model_dir=tmp_path).roles[-1]
+    ray = LocalRay()
+    held = hosts.Hosts(ray, {role.name: hosts.Berth(hosts.nodes_of(ray)[0], 0, 0)}, tmp_path)
+    held.create(role)
+    old = held.handles[role.name]
+    held.move(role)
+    assert ray.made_and_killed == [("made", old), ("killed", old), ("made", held.handles[role.name])]  # fmt: skip
+    held.drop(role.name)
+    assert held.handles == {}
+
+
+def test_cores_that_a_node_has_not_are_a_mistake_of_the_config(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^node 127\.0\.0\.1 cannot be used: engine\.cores names 4096, of which"
+    ):
+        opened(LocalRay(), tmp_path, "engine.cores=4096")
 
 
 @pytest.fixture

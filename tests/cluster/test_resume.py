@@ -1,4 +1,3 @@
-import os
 import shutil
 
 import numpy as np
@@ -7,7 +6,6 @@ import pytest
 from treepo_async.cluster.resume import (
     clear_for_resume,
     find_resume_version,
-    held,
     parse_resumed,
     take_lineage,
 )
@@ -134,16 +132,3 @@ def test_a_new_run_has_lineage_0_and_each_start_a_higher_one_whatever_was_used_o
     assert take_lineage(tmp_path) == 8
     clear_for_resume(tmp_path)
     assert take_lineage(tmp_path) == 9
-
-
-def test_two_drivers_cannot_hold_one_folder(tmp_path):
-    folder = tmp_path / "run"
-    with held(folder):
-        assert folder.is_dir()
-        with pytest.raises(ConfigError, match="in use by another driver") as caught, held(folder):
-            pass
-    # whoever holds it is named, so that a person can look for it
-    assert f"(pid {os.getpid()}: " in str(caught.value)
-    assert "pytest" in str(caught.value)
-    with held(folder):
-        pass

@@ -108,6 +108,26 @@ def test_cores_that_a_node_has_not_are_refused_by_key_and_number_before_anything
     check_cores("engine", frozenset({2, 3}), {1, 2, 3})
 
 
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        ({"cores": frozenset({4096})}, r"engine\.cores names 4096"),
+        ({"shared_gpus": (1,)}, "CUDA_VISIBLE_DEVICES=GPU-9 names 1 GPUs"),
+    ],
+)
+def test_what_a_node_has_not_is_refused_when_a_host_is_told_what_to_start(
+    spec, hosted, monkeypatch, lacking, said
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-9")
+    with pytest.raises(ConfigError, match=said):
+        hosted(spec).take(replace(spec, module="engine", **lacking))
+
+
+def test_who_asks_again_for_a_start_has_the_process_that_runs(spec, hosted):
+    host = hosted(spec)
+    assert host.start() == host.start()
+
+
 def test_a_role_reports_its_events_serves_and_stops_in_order(spec, hosted, tmp_path, monkeypatch):
     async def greet(endpoint):
         async with Requester(endpoint, name="test", owner="replay") as replay:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import treepo_async.cluster.calls
 import treepo_async.cluster.supervise
 from treepo_async.cluster.narrate import Narrator
 from treepo_async.cluster.plan import Plan
@@ -31,6 +32,18 @@ class RayActorError(RayError):
     """What Ray raises once a host is gone."""
 
 
+class ActorUnavailableError(RayActorError):
+    """What Ray raises while a host cannot be reached."""
+
+
+class ActorUnschedulableError(RayError):
+    """What Ray raises where the node of a host was dead before it was made."""
+
+
+class GetTimeoutError(RayError):
+    """What Ray raises at a deadline."""
+
+
 class RayTaskError(RayError):
     """What Ray raises where a method of a host did."""
 
@@ -41,14 +54,26 @@ class RayTaskError(RayError):
 
 @dataclass
 class Role:
-    """A role's host: its reports are scripted, the last one without its events for ever."""
+    """A role's host: its reports are scripted, the last one without its events for ever.
+
+    `unstarted` has what each start raises, or None.
+    """
 
     reports: list
+    unstarted: list = field(default_factory=list)
     num_starts: int = 0
     num_stops: int = 0
 
     def start(self):
         self.num_starts += 1
+
+    def pid(self):
+        error = self.unstarted.pop(0) if self.unstarted else None
+        if callable(error):
+            error = error()
+        if error is not None:
+            raise error
+        return self.num_starts
 
     def report(self):
         found = self.reports[0] if len(self.reports) == 1 else self.reports.pop(0)
@@ -70,11 +95,18 @@ class FakeRay:
 
     roles: dict
     order: list = field(default_factory=list)
+    timeouts: list = field(default_factory=list)
     exceptions = SimpleNamespace(
-        RayError=RayError, RayActorError=RayActorError, RayTaskError=RayTaskError
+        RayError=RayError,
+        RayActorError=RayActorError,
+        RayTaskError=RayTaskError,
+        ActorUnavailableError=ActorUnavailableError,
+        ActorUnschedulableError=ActorUnschedulableError,
+        GetTimeoutError=GetTimeoutError,
     )
 
     def get(self, call, *, timeout):
+        self.timeouts.append(timeout)
         return call()
 
     def wait(self, calls, *, num_returns, timeout):
@@ -90,7 +122,7 @@ class FakeRay:
 
         def start():
             role.start()
-            return lambda: role.num_starts
+            return role.pid
 
         return SimpleNamespace(
             start=SimpleNamespace(remote=start),
@@ -107,6 +139,7 @@ class FakeHosts:
     ray: FakeRay
     lost: set = field(default_factory=set)
     moved: list = field(default_factory=list)
+    dropped: list = field(default_factory=list)
 
     def node_of(self, name):
         return "10.0.0.2" if name in self.lost else "10.0.0.1"
@@ -118,6 +151,10 @@ class FakeHosts:
         self.moved.append(spec.name)
         self.lost.discard(spec.name)
         return "10.0.0.1"
+
+    def drop(self, name):
+        self.dropped.append(name)
+        del self.handles[name]
 
 
 @pytest.fixture(autouse=True)
@@ -150,21 +187,34 @@ class Driver:
         return [re.sub(r"^\[.{6} s\] ", "", line) for line in self.lines]
 
 
-def driver(tmp_path, *, rules=RULES, max_restarts=0, stall_s=60.0, lost=(), **scripts):
+def driver(
+    tmp_path,
+    *,
+    rules=RULES,
+    max_restarts=0,
+    actor_restarts=1,
+    stall_s=60.0,
+    lost=(),
+    unstarted=None,
+    **scripts,
+):
     """A supervisor of an engine, a learner, a replay and an actor; `learner=[...]` scripts its reports.
 
-    The actor may be started again once; the others `max_restarts` times, after they were killed. The pid of a role is
-    the number of its start.
+    The actor may be started again `actor_restarts` times; the others `max_restarts` times, after they were killed. The
+    pid of a role is the number of its start.
     """
+    unstarted = unstarted or {}
     roles = {
-        f"{kind}-0": Role(list(scripts.get(kind, [says(READY), says()])))
+        f"{kind}-0": Role(
+            list(scripts.get(kind, [says(READY), says()])), list(unstarted.get(kind, []))
+        )
         for kind in ("engine", "learner", "replay", "actor")
     }
     wiring = Wiring("run", str(tmp_path), "", "", "", "", "")
     specs = tuple(
         RoleSpec(name, name[:-2], wiring, 1, max_restarts, survives_failure=False)
         if name != "actor-0"
-        else RoleSpec(name, "actor", wiring, 1, max_restarts=1, survives_failure=True)
+        else RoleSpec(name, "actor", wiring, 1, actor_restarts, survives_failure=True)
         for name in roles
     )
     ray, lines, records, logged = FakeRay(roles), [], [], []
@@ -693,13 +743,170 @@ def test_an_engine_that_is_not_the_first_is_done_without_once_its_host_is_gone(
         engine=[says(READY), error],
         learner=[says(READY), *[says()] * 5, says(DONE, exit_code=0)],
     )
-    plan = it.supervisor.plan
-    second = replace(plan.roles[0], wiring=replace(plan.roles[0].wiring, index=1))
-    it.supervisor.plan = replace(plan, roles=(second, *plan.roles[1:]))
+    as_second_engine(it)
     assert it.supervisor.run() == "/run/model"
     node = it.supervisor.hosts.node_of("engine-0")
     assert f"engine-0 lost its host on node {node}; going on without it" in it.text
     assert "engine-0" not in it.ray.order
+
+
+LOST_AT_START = [RayActorError("The actor died"), ActorUnschedulableError("The node is dead")]
+SILENT = ActorUnavailableError("The actor is unavailable")
+
+
+def going_on():
+    """Of a learner that ends well after a few looks."""
+    return [says(READY), *[says()] * 9, says(DONE, exit_code=0)]
+
+
+@pytest.mark.parametrize("error", LOST_AT_START)
+def test_an_actor_whose_host_is_lost_while_it_is_started_again_is_started_on_another_node(
+    tmp_path, error
+):
+    it = driver(
+        tmp_path,
+        actor_restarts=2,
+        actor=[says(READY), says(exit_code=-9), says(READY), says()],
+        unstarted={"actor": [None, error]},
+        learner=going_on(),
+    )
+    assert it.supervisor.run() == "/run/model"
+    assert it.supervisor.hosts.moved == ["actor-0"]
+    assert it.roles["actor-0"].num_starts == 3
+
+
+@pytest.mark.parametrize("error", LOST_AT_START)
+def test_an_actor_that_loses_its_host_on_the_other_node_too_is_moved_as_long_as_it_may(
+    tmp_path, error
+):
+    def losing(restarts):
+        return driver(
+            tmp_path,
+            actor_restarts=restarts,
+            actor=[says(READY), RayActorError("The actor died"), says(READY), says()],
+            unstarted={"actor": [None, error]},
+            learner=going_on(),
+        )
+
+    it = losing(2)
+    assert it.supervisor.run() == "/run/model"
+    assert it.supervisor.hosts.moved == ["actor-0"] * 2
+    it = losing(1)
+    with pytest.raises(RoleError, match="actor-0 lost its Ray worker on node"):
+        it.supervisor.run()
+    assert it.supervisor.hosts.moved == ["actor-0"]
+
+
+def test_an_actor_whose_host_is_lost_in_the_first_start_is_started_on_another_node(tmp_path):
+    it = driver(tmp_path, unstarted={"actor": [LOST_AT_START[0]]}, learner=going_on())
+    assert it.supervisor.run() == "/run/model"
+    assert it.supervisor.hosts.moved == ["actor-0"]
+
+
+def as_second_engine(it):
+    """The engine as one that is not the first."""
+    plan = it.supervisor.plan
+    second = replace(plan.roles[0], wiring=replace(plan.roles[0].wiring, index=1))
+    it.supervisor.plan = replace(plan, roles=(second, *plan.roles[1:]))
+
+
+def test_an_engine_that_is_not_the_first_is_done_without_where_its_host_is_lost_while_it_starts(
+    tmp_path,
+):
+    it = driver(
+        tmp_path,
+        max_restarts=1,
+        engine=[says(READY), says(exit_code=-9)],
+        unstarted={"engine": [None, LOST_AT_START[0]]},
+        learner=going_on(),
+    )
+    as_second_engine(it)
+    assert it.supervisor.run() == "/run/model"
+    assert it.supervisor.hosts.dropped == ["engine-0"]
+
+
+@pytest.mark.parametrize("kind", ["actor", "engine", "learner", "replay"])
+def test_a_host_that_cannot_be_reached_for_a_moment_keeps_its_role(tmp_path, kind):
+    scripts = {"learner": going_on()}
+    scripts[kind] = [says(READY), SILENT, SILENT, *scripts.get(kind, [says()])]
+    it = driver(tmp_path, **scripts)
+    assert it.supervisor.run() == "/run/model"
+    assert (it.supervisor.hosts.moved, it.supervisor.hosts.dropped) == ([], [])
+    assert it.roles[f"{kind}-0"].num_starts == 1
+    (line,) = [line for line in it.text if "does not answer" in line]
+    assert line.startswith(f"{kind}-0 on node 10.0.0.1 does not answer: ActorUnavailableError")
+    assert line.endswith("asking again for up to 30 s")
+
+
+def test_a_host_that_has_answered_has_all_its_time_when_it_is_silent_again(tmp_path):
+    it = driver(tmp_path, replay=[says(READY), SILENT, says(), SILENT, says()], learner=going_on())
+    assert it.supervisor.run() == "/run/model"
+    assert len([line for line in it.text if "asking again for up to 30 s" in line]) == 2
+
+
+def test_an_engine_that_stays_silent_is_done_without_after_its_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(treepo_async.cluster.calls, "SILENT_S", 0.03)
+    learner = [says(READY), *[says()] * 200, says(DONE, exit_code=0)]
+    it = driver(tmp_path, engine=[says(READY), SILENT], learner=learner)
+    as_second_engine(it)
+    drop, left = it.supervisor.hosts.drop, it.roles["learner-0"].reports
+
+    def drop_and_end(name):
+        drop(name)
+        left[:] = left[-1:]
+
+    it.supervisor.hosts.drop = drop_and_end
+    assert it.supervisor.run() == "/run/model"
+    assert it.supervisor.hosts.dropped == ["engine-0"]
+    assert "engine-0 lost its host on node 10.0.0.1; going on without it" in it.text
+
+
+def test_an_actor_whose_silent_host_has_no_answer_by_the_deadline_is_started_elsewhere(tmp_path):
+    it = driver(
+        tmp_path,
+        actor=[says(READY), SILENT, GetTimeoutError("timed out"), says(READY), says()],
+        learner=going_on(),
+    )
+    assert it.supervisor.run() == "/run/model"
+    assert it.supervisor.hosts.moved == ["actor-0"]
+    limits = [limit for limit in it.ray.timeouts if 1.0 < limit < 60.0]
+    assert len(limits) == 1, "of the call to the silent host alone"
+    assert limits[0] <= 30.0
+
+
+def test_a_silent_first_engine_ends_the_run_after_its_time_by_name(tmp_path):
+    it = driver(tmp_path, engine=[says(READY), SILENT, GetTimeoutError("timed out")])
+    said = r"engine-0 lost its Ray worker on .*GetTimeoutError .* \(it was asked for up to 30 s\)"
+    with pytest.raises(RoleError, match=said):
+        it.supervisor.run()
+
+
+def test_a_silent_host_of_a_node_that_is_gone_is_not_waited_for(tmp_path):
+    it = driver(
+        tmp_path,
+        lost=["actor-0"],
+        actor=[says(READY), SILENT, says(READY), says()],
+        learner=going_on(),
+    )
+    assert it.supervisor.run() == "/run/model"
+    assert it.supervisor.hosts.moved == ["actor-0"]
+
+
+def test_a_host_that_is_silent_while_its_role_starts_is_asked_again(tmp_path):
+    it = driver(tmp_path, unstarted={"learner": [SILENT, SILENT]}, learner=going_on())
+    assert it.supervisor.run() == "/run/model"
+    assert it.roles["learner-0"].num_starts == 3
+
+
+def test_a_host_that_is_silent_while_its_role_starts_is_not_asked_again_after_a_signal(tmp_path):
+    def interrupt_and_cut_off():
+        interrupt()
+        return SILENT
+
+    it = driver(tmp_path, unstarted={"actor": [interrupt_and_cut_off]})
+    with pytest.raises(StoppedError):
+        it.supervisor.run()
+    assert it.roles["actor-0"].num_starts == 1
 
 
 def with_follower(tmp_path, *events):

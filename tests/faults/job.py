@@ -3,12 +3,13 @@
 Waits: for prompts to end (`START_S` without one), for the end (`RUN_S`), for killed processes to be gone (`GONE_S`).
 """
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
@@ -95,9 +96,7 @@ class Job:
         """Kill all of it at once, as when the machine goes down."""
         family = psutil.Process(self.process.pid).children(recursive=True)
         os.killpg(self.process.pid, signal.SIGKILL)
-        for process in family:
-            if process.is_running():
-                process.kill()
+        kill_all(family)
         self._family |= set(family)
         self._reap()
 
@@ -130,14 +129,22 @@ class Job:
         return self.log_file.read_text()
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Leave nothing behind. An actor that ends by itself meanwhile is as good as a killed one here."""
         if self._process is not None and self._process.poll() is None:
-            self.crash()
+            with contextlib.suppress(JobError):
+                self.crash()
 
     def _reap(self) -> None:
         code = self.process.wait(timeout=GONE_S)
         if code != -signal.SIGKILL:
             raise JobError(f"was not killed, but ended by itself with {code}: {self.text()}")
+
+
+def kill_all(processes: Iterable[psutil.Process]) -> None:
+    """Kill all that are still there: who is not our child may be reaped at any time."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _is_alive(process: psutil.Process) -> bool:

@@ -37,6 +37,7 @@ DRAW_S = 0.5
 """For which the learner asks before it looks whether the actors still run."""
 NUM_LOOKS = 50
 """At the memory."""
+PROC = Path("/proc")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +59,27 @@ class Replay:
         return sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
 
 
-def processor_s(pid: int) -> float:
+def processor_s(pid: int, proc: Path = PROC) -> float:
     """Of all threads that a process has, to the nanosecond: the clock of a process as a whole has ticks of 10 ms.
 
     Raises:
-        TreepoError: the kernel does not tell.
+        TreepoError: the process has ended, or the kernel does not tell.
     """
-    files = list(Path(f"/proc/{pid}/task").glob("*/schedstat"))
-    if not files:
+    tasks, spent = proc / str(pid) / "task", list[int]()
+    with contextlib.suppress(FileNotFoundError):
+        for thread in tasks.iterdir():
+            # it may have ended since it was listed
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                spent.append(int((thread / "schedstat").read_text().split()[0]))
+    if not tasks.is_dir():
         raise TreepoError(
-            f"/proc/{pid}/task/*/schedstat is not there; processor time needs a Linux kernel with CONFIG_SCHED_INFO"
+            f"process {pid} has ended, and its processor time is not known; its log says why"
         )
-    return sum(int(file.read_text().split()[0]) for file in files) / 1e9
+    if not spent:
+        raise TreepoError(
+            f"{tasks}/*/schedstat is not there; processor time needs a Linux kernel with CONFIG_SCHED_INFO"
+        )
+    return sum(spent) / 1e9
 
 
 @contextlib.contextmanager

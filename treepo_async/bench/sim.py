@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from treepo_async.bench import machine, sim_scale
-from treepo_async.bench.cell_runs import Cell, finish, is_finished, read_state
+from treepo_async.bench.cell_runs import STATE_FILE, Cell, finish, is_finished, read_state
 from treepo_async.bench.sim_calibrate import calibrate, predict, table
 from treepo_async.bench.sim_run import read_real_run
 from treepo_async.bench.words import read_words
+from treepo_async.config.run_lock import LOCK_FILE, held
+from treepo_async.config.wiring import CONFIG_FILE
 from treepo_async.errors import ConfigError
 
 EXAMPLES = {
@@ -124,14 +126,14 @@ def make_runs(folder: Path, seed: int, run: Run, say: Callable[[str], None]) -> 
     """Those of the validation that are not there, or were stopped.
 
     Raises:
-        ConfigError: a run with other keys is there.
+        ConfigError: a run with other keys is there, one whose keys nobody noted, or one that is at work.
         TreepoError: a run failed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     machine.note(folder / "environment.json")
     for cell in VALIDATION:
-        _remove_unfinished(folder / cell.label)
         keys = (*COMMON, f"seed={seed}")
+        _remove_unfinished(folder / cell.label, (*keys, *cell.keys))
         done = finish(cell, keys, folder, lambda keys, log: run(keys, log, RUN_S))
         say(f"{cell.label}: {done.words}")
 
@@ -143,9 +145,25 @@ def compared(first: Path, others: Sequence[Path]) -> str:
     return table(run, settings, [predict(settings, read_real_run(other)) for other in others])
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """A run that is gone on with was timed in parts, each with a cold start: it is begun again."""
+def _remove_unfinished(folder: Path, keys: tuple[str, ...]) -> None:
+    """A run that is gone on with was timed in parts, each with a cold start: it is begun again.
+
+    One with other keys is left for `attempt` to refuse.
+
+    Raises:
+        ConfigError: a run is there whose keys nobody noted, or one that is at work.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        return
     state = read_state(folder)
-    is_done = state is not None and state.code == 0 and is_finished(folder)
-    if not is_done and (folder / "config.yaml").is_file():
-        shutil.rmtree(folder)
+    if state is None:
+        raise ConfigError(
+            f"{folder} holds a run, and {folder.name}.{STATE_FILE} beside it, which has its keys, is not there; "
+            "put that back, move the folder away, or name another validate=DIR"
+        )
+    if state.keys != keys or (state.code == 0 and is_finished(folder)):
+        return
+    with held(folder):
+        for path in folder.iterdir():
+            if path.name != LOCK_FILE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -28,8 +28,8 @@ _TURNS = 100
 _MOST_TURN = 2.0
 """In logits: from a far start whole Newton steps go astray."""
 
-Counts = Sequence[tuple[int, int, int]]
-"""Step from 1, trees dropped for want of spread in it, trees accepted in it."""
+Counts = Sequence[tuple[int, int, int, float]]
+"""Step from 1, trees dropped for want of spread in it, trees accepted in it, by how many steps the policy was behind that grew them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Drops:
     logits: tuple[float, float, float]
     """Of z ** 0, z and z ** 2, with z = (x - middle) / scale."""
     last: float
-    """The largest x that was seen."""
+    """The number of the last step that was seen: behind it is the line."""
 
     def place(self, step: float, prompts_per_batch: int) -> float:
         """The x of a step of batches of another size."""
@@ -61,15 +61,18 @@ class Drops:
 
 
 def fit(counts: Counts, prompts_per_batch: int) -> Drops:
-    """The curve that makes the counts most likely. The trees of a step stand at its middle.
+    """The curve that makes the counts most likely.
+
+    A record counts the trees that arrived in its step. They stand at the middle of the step under whose policy they were grown,
+    as that is where a simulated tree looks the share up.
 
     Args:
         counts: of every step of a run, with at least one tree.
         prompts_per_batch: of that run.
     """
-    steps, dropped, accepted = np.array(counts, dtype=np.float64).T
+    steps, dropped, accepted, staleness = np.array(counts, dtype=np.float64).T
     last = float(steps.max())
-    z = (steps - 0.5 - last / 2) / (last / 2)
+    z = (np.maximum(steps - 0.5 - staleness, 0) - last / 2) / (last / 2)
     powers = np.stack([np.ones_like(z), z, z * z], axis=1)
     a, b, c = _most_likely(powers, dropped, dropped + accepted)
     return Drops(prompts_per_batch, last / 2, last / 2, (a, b, c), last)

@@ -39,8 +39,8 @@ class RealRun:
     lengths: Seen
     drop_degenerate: bool
     max_refills: int
-    drops: tuple[tuple[int, int, int], ...]
-    """Of every step in which trees arrived: its number, those without spread, those accepted."""
+    drops: tuple[tuple[int, int, int, float], ...]
+    """Of every step in which trees arrived: its number, those without spread, those accepted, mean staleness of what it trained."""
     dropped_size: float
     """Mean tokens of a tree that was dropped, over those of one that was trained; 1 where none was dropped."""
     degenerate: float
@@ -131,10 +131,13 @@ def lengths_of(steps: Sequence[Record], segment_tokens: int) -> Seen:
     return Seen(tuple(sorted(found)))
 
 
-def drops_of(steps: Sequence[Record]) -> tuple[tuple[int, int, int], ...]:
-    """See `RealRun.drops`."""
-    counts = [(r["step"], _count(r, "degenerate"), _count(r, "accepted")) for r in steps]
-    return tuple((step, dropped, kept) for step, dropped, kept in counts if dropped + kept)
+def drops_of(steps: Sequence[Record]) -> tuple[tuple[int, int, int, float], ...]:
+    """See `RealRun.drops`; a record without staleness counts as one of trees of the policy itself."""
+    counts = [
+        (r["step"], _count(r, "degenerate"), _count(r, "accepted"), r.get("staleness/mean") or 0.0)
+        for r in steps
+    ]
+    return tuple(count for count in counts if count[1] + count[2])
 
 
 def dropped_size(steps: Sequence[Record]) -> float:

@@ -87,16 +87,21 @@ class Hosts:
     def move(self, spec: RoleSpec) -> str | None:
         """Make the host of a role that takes no slot anew, on another node if there is one. Gives its address; None: no node lives.
 
-        The node that it was on may be going: that shows many seconds later.
+        The node that it was on may be going: that shows many seconds later. The host may live there, out of reach.
         """
         lost, living = self.berths[spec.name].node.id, nodes_of(self.ray)
         able = [node for node in living if node.id != lost] or living
         if not able:
             return None
         node = able[spec.wiring.index % len(able)]
+        self.drop(spec.name)
         self.berths[spec.name] = replace(self.berths[spec.name], node=node)
         self.create(spec)
         return node.address
+
+    def drop(self, role: str) -> None:
+        """Give up the host of a role; one that lives out of reach ends with its process, once Ray reaches it."""
+        self.ray.kill(self.handles.pop(role))
 
     def is_lost(self, role: str) -> bool:
         """Whether the node of a role is gone."""

@@ -1,12 +1,7 @@
-"""Where a run folder stands: new, held by another driver, or to be gone on with from its newest checkpoint."""
+"""Where a run folder stands: new, or to be gone on with from its newest checkpoint. Neighbour: `config.run_lock` says who is in it."""
 
-import contextlib
-import fcntl
-import os
-import shlex
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -22,8 +17,6 @@ FIXED = ("seed", "model.", "data.", "replay.prompts_per_batch")
 """Keys, and beginnings of keys, that a run keeps for good: its place in the data depends on them."""
 FREE = ("data.epochs",)
 """Exceptions: more of the same data comes behind what there was."""
-LOCK_FILE = ".lock"
-"""In a run's folder: held by its driver."""
 LINEAGE_FILE = "lineage"
 """In a run's folder: the highest lineage that a driver has given out."""
 
@@ -108,26 +101,3 @@ def clear_for_resume(run_dir: Path) -> None:
     What replay has stays, also where there is no checkpoint: the run then goes on at step 0 with the same trees.
     """
     shutil.rmtree(run_dir / "weights", ignore_errors=True)
-
-
-@contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Keep every other driver out of a run's folder; its lock file names this process and its command.
-
-    Raises:
-        ConfigError: another one is in it.
-    """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK_FILE).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            lock.seek(0)
-            raise ConfigError(
-                f"run_dir={run_dir} is in use by another driver ({lock.read() or 'just starting'}); wait for its "
-                "end, or name another folder"
-            ) from error
-        lock.truncate(0)
-        lock.write(f"pid {os.getpid()}: {shlex.join([*sys.orig_argv])}")
-        lock.flush()
-        yield

@@ -94,15 +94,24 @@ class RoleHost:
         return look(question)
 
     def take(self, spec: RoleSpec) -> None:
-        """What to start from now on."""
-        self._spec = spec
-
-    def start(self) -> int:
-        """Start the process. Gives its pid.
+        """What to start from now on.
 
         Raises:
             ConfigError: it shall have cores or GPUs that are not here.
         """
+        check_cores(spec.module, spec.cores, os.sched_getaffinity(0))
+        visible_gpus(spec.shared_gpus, os.environ.get(VISIBLE))
+        self._spec = spec
+
+    def start(self) -> int:
+        """Start the process, unless it runs: who had no answer asks again. Gives its pid.
+
+        Raises:
+            ConfigError: it shall have cores or GPUs that are not here.
+        """
+        if self._child is not None and self._child.poll() is None:
+            return self._child.pid
+        # a role that was moved here is not told of by `take`
         check_cores(self._spec.module, self._spec.cores, os.sched_getaffinity(0))
         threads = str(self._spec.cpu_threads)
         self._child = start_child(

@@ -1,12 +1,12 @@
 """The driver's loop: start every role, hand on what they tell, end with the run or with the first death for good.
 
 Waits: for each role to be ready after its start (`start_timeout_s`), for the learner's `done`, then for the evaluation
-of the last version (`eval_timeout_s`). Without progress the narrator says who is waited for (`cluster.stall`). A role that
-is killed is started again, and goes on where the run stands; of those whose host is gone, with its node or alone, actors are
-started on another node, and all engines but the first are done without; one that ends by itself had a reason, and unless its spec
-says that it survives that, the run ends with a RoleError that carries its last lines. So it does when a role ends more
-often than its spec allows without a new step in between. What fails once the learner is done is only told: the model is
-there. The first Ctrl-C ends the run in order, the second one at once.
+of the last version (`eval_timeout_s`); for hosts that do not answer see `cluster.calls`. Without progress the narrator says who
+is waited for (`cluster.stall`). A role that is killed is started again, and goes on where the run stands; of those whose host is
+gone, with its node or alone, actors are started on another node, and all engines but the first are done without; one that ends by
+itself had a reason, and unless its spec says that it survives that, the run ends with a RoleError that carries its last lines. So
+it does when a role ends more often than its spec allows without a new step in between. What fails once the learner is done is
+only told: the model is there. The first Ctrl-C ends the run in order, the second one at once.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from treepo_async.cluster.hosts import Hosts, last_line
+from treepo_async.cluster.calls import Calls, HostGoneError, HostSilentError
+from treepo_async.cluster.hosts import Hosts
 from treepo_async.cluster.narrate import Narrator
 from treepo_async.cluster.plan import Plan
 from treepo_async.cluster.ray_cluster import RayCluster
@@ -25,13 +25,8 @@ from treepo_async.cluster.role import RoleReport, RoleSpec
 from treepo_async.errors import RoleError
 
 LOOK_S = 0.2
-REPORT_TIMEOUT_S = 60.0
 SETTLE_S = 5.0
 """How long the end of a run waits for the engine to tell of the last weights."""
-
-
-class HostGoneError(RoleError):
-    """The host of a role is gone, and its process with it; of a node that is going this shows long before Ray calls it dead."""
 
 
 class StoppedError(KeyboardInterrupt):
@@ -59,11 +54,16 @@ class Supervisor:
     rules: SupervisorRules
     narrator: Narrator
     hosts: Hosts
+    _calls: Calls = field(init=False)
     _num_deaths: Counter[str] = field(default_factory=Counter)
     """Of each role, without a new step in between."""
     _step_at_death: dict[str, int] = field(default_factory=dict)
     """The run's newest step when a role last ended."""
     _stopping: bool = False
+
+    def __post_init__(self) -> None:
+        log_dir = self.plan.run_dir / "logs"
+        self._calls = Calls(self.cluster.ray, self.hosts, log_dir, self.narrator.line)
 
     def run(self) -> str:
         """Run to the end. Gives the folder of the trained model.
@@ -92,9 +92,9 @@ class Supervisor:
 
     def _start_all(self) -> None:
         handles = self.hosts.handles
-        starts = {spec.name: handles[spec.name].start.remote() for spec in self.plan.roles}
-        for name, start in starts.items():
-            self.narrator.on_start(name, self._get(name, start))
+        starts = [(spec, handles[spec.name].start.remote()) for spec in self.plan.roles]
+        for spec, start in starts:
+            self._on_start(spec, start)
 
     def _watch_until_done(self) -> dict[str, Any]:
         """Watch until the learner is done. Gives its last event."""
@@ -150,18 +150,16 @@ class Supervisor:
         return [self._report(*pair) for pair in zip(roles, pending, strict=True)]
 
     def _report(self, spec: RoleSpec, reference: Any) -> RoleReport:
-        """What a role has to tell; nothing of one whose host is gone, where the run goes on.
+        """What a role has to tell; nothing of one whose host is silent, or gone where the run goes on.
 
         Raises:
             RoleError: it does not.
         """
         try:
-            report: RoleReport = self._get(spec.name, reference)
-        except RoleError as error:
-            is_gone = isinstance(error, HostGoneError) or self.hosts.is_lost(spec.name)
-            # a terminal's Ctrl-C ends hosts too
-            if self._stopping or not is_gone:
-                raise
+            report: RoleReport = self._calls.result(spec.name, reference)
+        except HostSilentError:
+            return RoleReport([], None)
+        except HostGoneError as error:
             self._go_on_without(spec, error)
             return RoleReport([], None)
         return report
@@ -176,6 +174,9 @@ class Supervisor:
         Raises:
             RoleError: the same; the learner and replay have what others do not, and the first engine evaluates.
         """
+        # a terminal's Ctrl-C ends hosts too
+        if self._stopping:
+            raise error
         if spec.module == "actor":
             self._move(spec, error)
         elif spec.module == "engine" and spec.wiring.index > 0:
@@ -196,33 +197,38 @@ class Supervisor:
     def _forget(self, spec: RoleSpec) -> None:
         node = self.hosts.node_of(spec.name)
         self.narrator.line(f"{spec.name} lost its host on node {node}; going on without it")
-        del self.hosts.handles[spec.name]
+        self.hosts.drop(spec.name)
         self.plan = replace(self.plan, roles=tuple(r for r in self.plan.roles if r is not spec))
         self.narrator.forget(spec.name)
 
     def _start(self, spec: RoleSpec) -> None:
-        pid = self._get(spec.name, self.hosts.handles[spec.name].start.remote())
-        self.narrator.on_start(spec.name, pid)
+        self._on_start(spec, self.hosts.handles[spec.name].start.remote())
 
-    def _get(self, role: str, reference: Any) -> Any:
-        """The result of a call to a role's host.
+    def _on_start(self, spec: RoleSpec, start: Any) -> None:
+        """Tell that a role has been started; where its host is lost meanwhile, go on as after any such loss.
 
         Raises:
-            RoleError: there is none.
+            RoleError: the run does not go on.
         """
-        ray = self.cluster.ray
         try:
-            return ray.get(reference, timeout=REPORT_TIMEOUT_S)
-        except ray.exceptions.RayTaskError as error:
-            why = f"{type(error.cause).__name__}: {last_line(error.cause)}"
-            cause = f"cannot be run on node {self.hosts.node_of(role)}: {why}"
-            raise RoleError(role, cause, self._tail_of(role)) from error
-        except ray.exceptions.RayError as error:
-            first_line = next(iter(str(error).splitlines()), "")
-            cause = f"lost its Ray worker on node {self.hosts.node_of(role)}: {type(error).__name__} {first_line}"
-            is_gone = isinstance(error, ray.exceptions.RayActorError)
-            kind = HostGoneError if is_gone else RoleError
-            raise kind(role, cause, self._tail_of(role)) from error
+            pid = self._pid(spec.name, start)
+        except HostGoneError as error:
+            self._go_on_without(spec, error)
+        else:
+            self.narrator.on_start(spec.name, pid)
+
+    def _pid(self, role: str, start: Any) -> int:
+        """Of a role that is being started; a silent host is asked again, and starts it once."""
+        while True:
+            try:
+                pid: int = self._calls.result(role, start)
+            except HostSilentError:
+                if self._stopping:
+                    raise
+                time.sleep(LOOK_S)
+                start = self.hosts.handles[role].start.remote()
+            else:
+                return pid
 
     def _last_evaluation(self, num_steps: int) -> int:
         """The last policy step that is evaluated here, -1 for none; the data may have ended before the wanted steps."""
@@ -238,14 +244,7 @@ class Supervisor:
         for spec in self.plan.roles:
             if self.narrator.starting_s(spec.name) > limit:
                 cause = f"was not ready after {limit:g} s"
-                raise RoleError(spec.name, cause, self._tail_of(spec.name))
-
-    def _log_file(self, name: str) -> Path:
-        return self.plan.run_dir / "logs" / f"{name}.log"
-
-    def _tail_of(self, name: str) -> str:
-        file = self._log_file(name)
-        return "\n".join(file.read_text().splitlines()[-30:]) if file.exists() else ""
+                raise RoleError(spec.name, cause, self._calls.tail_of(spec.name))
 
     def _on_exit(self, spec: RoleSpec, report: RoleReport) -> None:
         is_over = self.narrator.done is not None or spec.name in self.narrator.over
