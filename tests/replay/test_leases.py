@@ -63,10 +63,10 @@ class Handing:
             self.queue, NoOldTrees(), self.answers, self.askers, Names(), prompt, self.num_actors
         )
 
-    def ask(self, actor, times):
+    def ask(self, actor, times, kind="actor"):
         for _ in range(times):
             self._asked += 1
-            peer = f"actor-{actor}".encode()
+            peer = f"{kind}-{actor}".encode()
             self.askers.add(Asker(peer, self._asked, AskLease(wait_s=5.0), deadline=1e9))
         self.leases.hand_out(self.now, lambda: NUM_PROMPTS)
 
@@ -99,6 +99,14 @@ def test_the_share_of_an_actor_that_never_comes_goes_to_the_others_after_a_while
     handing.now = KEPT_S + 0.1
     handing.ask(0, 0)
     assert handing.had(0) == NUM_PROMPTS
+
+
+def test_a_guest_is_none_of_those_that_the_shares_wait_for():
+    handing = Handing(num_actors=2)
+    handing.ask(0, 1)
+    handing.ask(0, 1, kind="guest")
+    handing.ask(0, NUM_PROMPTS)
+    assert handing.had(0) == NUM_PROMPTS // 2
 
 
 @pytest.mark.parametrize("num_actors", [0, 1])

@@ -235,7 +235,9 @@ def test_the_first_pruned_paths_are_refilled_and_those_beyond_the_width_are_not(
     growth, _ = grow(RULES, busy, prune=PruneRules(max_staleness=0))
     assert growth.tree.finished == []
     assert len(growth.tree.pruned) == 2 * RULES.width
-    assert growth.notes() == ("16 leaves fewer than the width: pruned paths are not refilled",)
+    assert growth.notes() == (
+        "16 leaves fewer than the width: more paths were pruned than the width",
+    )
 
 
 def test_a_whole_path_is_pruned_once_a_later_token_makes_it_too_old():
@@ -259,6 +261,8 @@ def test_a_tree_that_is_cut_off_keeps_no_whole_path_that_is_too_old():
         add(growth, first, step=step, stop=StopReason.EOS)
     assert growth.cut_off() == 1
     assert stale_leaves(growth, 1) == []
+    # what is whole and too old was decoded in full
+    assert growth.tree.saved_tokens() == 0
 
 
 def add(growth, extension, *, step, stop=None):

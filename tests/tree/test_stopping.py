@@ -230,6 +230,13 @@ def test_the_bytes_of_a_character_that_is_not_whole_are_no_repetition():
     assert in_pieces(stops, token_ids, range(1, len(token_ids)), 8) is None
 
 
+def test_bytes_that_never_make_a_character_repeat_themselves_like_any_other():
+    some = StopRules(frozenset(), lambda tokens: "\ufffd" * len(tokens), None, 8, 3)
+    stop = find_stop(some, [], [0] * 60, segment_tokens=10)
+    # three at each end may belong to a character that is not whole
+    assert stop == (8 + 3 - 1 + 6, StopReason.REPETITION)
+
+
 def test_repetition_is_off_by_default():
     assert stop_of(rules(), [A] * 500, segment_tokens=500) is None
 

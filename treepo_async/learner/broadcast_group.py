@@ -74,7 +74,7 @@ class Group:
                 group_name=name,
                 timeout=limit,
             )
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise WeightsError(f"group {name}: the engine did not join: {error}") from error
         c10d._world.pg_group_ranks[self._group] = {i: i for i in range(num_ranks)}
 

@@ -160,7 +160,7 @@ class Sender:
         try:
             sent = WeightsSent(engine=order.engine, group=order.group, error=error)
             desk.ask(sent, timeout_s=ANSWER_S, wait="the desk to note what was sent")
-        except DeadlineError as caught:
+        except TreepoError as caught:
             logging.getLogger(__name__).warning("%s", caught)
         finally:
             desk.close()

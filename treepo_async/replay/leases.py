@@ -15,6 +15,7 @@ from treepo_async.metrics.events import emit
 from treepo_async.replay.askers import Asker, Askers
 from treepo_async.replay.entry import Entry
 from treepo_async.replay.group import Group
+from treepo_async.replay.peers import GUEST_NAME
 from treepo_async.replay.queue import Queue
 from treepo_async.replay.report import report_facts
 from treepo_async.types import Prompt
@@ -55,7 +56,7 @@ class Leases:
     num_actors: int = 0
     """Of the run; 0: no share is kept."""
     _served: set[str] = field(default_factory=set)
-    """Actors that have had a lease."""
+    """Actors of the run that have had a lease."""
     _kept_until: float = math.inf
 
     def answered(self, peer: bytes, request: int) -> Leased | NoLease | None:
@@ -85,7 +86,8 @@ class Leases:
             if entry is not None:
                 num_granted[asker.peer] += 1
                 num_left -= 1
-                self._served.add(actor)
+                if not actor.startswith(GUEST_NAME):
+                    self._served.add(actor)
                 self._grant(asker, *entry)
 
     def _most_each(self, now: float) -> float:

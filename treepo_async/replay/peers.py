@@ -27,7 +27,9 @@ SILENT_S = 60.0
 STRIKES, STRIKES_S, SUSPENDED_S = 5, 60.0, 60.0
 """So many invalid messages within so long suspend a peer for so long."""
 MAX_PEERS = 4096
-ACTOR_NAMES = ("actor", "guest")
+GUEST_NAME = "guest"
+"""How the name of an actor begins that is none of the run's own."""
+ACTOR_NAMES = ("actor", GUEST_NAME)
 """How the names of peers begin that grow trees."""
 LEARNER_NAME = "learner"
 """How that of a learner begins."""

@@ -41,6 +41,8 @@ class GrowingTree:
     """Last segments of the paths that are complete."""
     pruned: list[int] = field(default_factory=list)
     """Last segments of the paths that were pruned."""
+    outdated: list[int] = field(default_factory=list)
+    """Those of them that were whole, and too old in the end."""
     width: int = field(init=False)
     """Paths the tree is to have: less than the rule's where pruned ones are not refilled."""
     _ends: list[int] = field(default_factory=list)
@@ -143,6 +145,7 @@ class GrowingTree:
         """Prune whole paths that are too old by now: no batch could take the tree with them."""
         for i in [i for i in self.finished if self.is_stale(i)]:
             self.finished.remove(i)
+            self.outdated.append(i)
             self._prune(i)
 
     def seed(self, trunk: Sequence[Segment]) -> list[int]:
@@ -172,13 +175,14 @@ class GrowingTree:
         return max(0, free // self.rest(parent))
 
     def saved_tokens(self) -> int:
-        """Tokens that paths which were pruned, or ended by repetition, lack to the mean length of the others."""
+        """Tokens that paths which were pruned before their end, or ended by repetition, lack to the mean length of the others."""
         repeated = [i for i in self.finished if self.segments[i].stop is StopReason.REPETITION]
         others = [self.end(i) for i in self.finished if i not in repeated]
         if not others:
             return 0
         mean = sum(others) / len(others)
-        return round(sum(max(0.0, mean - self.end(i)) for i in [*self.pruned, *repeated]))
+        cut = [*(i for i in self.pruned if i not in self.outdated), *repeated]
+        return round(sum(max(0.0, mean - self.end(i)) for i in cut))
 
     def num_cut_short(self) -> int:
         """Paths that were pruned or ended by repetition."""

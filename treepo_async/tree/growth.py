@@ -97,7 +97,12 @@ class Growth(ABC):
         reason = "fallback is off" if self.rules.fallback == "none" else "the token budget is spent"
         if self._is_cut_off:
             reason = "cut off at the deadline"
-        notes = [(num_unfilled, "pruned paths are not refilled"), (missing, reason)]
+        pruned = (
+            "more paths were pruned than the width"
+            if self.tree.prune.refill
+            else "pruned paths are not refilled"
+        )
+        notes = [(num_unfilled, pruned), (missing, reason)]
         return tuple(
             f"{number} leaves fewer than the width: {reason}" for number, reason in notes if number
         )

@@ -14,6 +14,8 @@ from functools import partial
 from treepo_async.types import StopReason
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+MOST_OF_A_CHARACTER = 3
+"""Bytes of one that is not whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +104,10 @@ def _find_repetition(
 
 
 def _repeats(rules: StopRules, before: Sequence[int], head: Sequence[int]) -> bool:
+    text = rules.decode([*before, *head])
     # at both ends there may be bytes of a character that is not whole
-    text = rules.decode([*before, *head]).strip(REPLACEMENT)
+    for _ in range(MOST_OF_A_CHARACTER):
+        text = text.removeprefix(REPLACEMENT).removesuffix(REPLACEMENT)
     return is_repetitive(text, rules.repetition_window, rules.repetition_count)
 
 
