@@ -379,7 +379,7 @@ async def test_a_long_request_is_ended_once_its_first_token_is_too_old(growth):
     assert tree.num_tokens_L.tolist() == [25, 1]
     assert cost.decoded_tokens == 26
     assert cost.num_pruned == 2
-    assert cost.notes == ("1 leaves fewer than the width: pruned paths are not refilled",)
+    assert cost.notes == ("1 leaves fewer than the width: more paths were pruned than the width",)
 
 
 async def test_a_request_that_no_watch_ended_is_judged_at_its_end():

@@ -91,7 +91,10 @@ def test_a_tree_has_exactly_width_whole_leaves_or_says_why_not(case):
     missing = rules.width - unfilled - int(tree.is_whole_L.sum())
     if rules.fallback != "none":
         assert missing == 0
-    expected = [(unfilled, "pruned paths are not refilled"), (missing, "fallback is off")]
+    pruned = (
+        "more paths were pruned than the width" if prune.refill else "pruned paths are not refilled"
+    )
+    expected = [(unfilled, pruned), (missing, "fallback is off")]
     assert tree.provenance.notes == tuple(
         f"{number} leaves fewer than the width: {reason}" for number, reason in expected if number
     )
