@@ -8,7 +8,8 @@ import pytest
 
 from treepo_async.bench import campaign
 from treepo_async.bench.campaign_parts import Part, Result, parts_of
-from treepo_async.bench.campaign_report import summary, table
+from treepo_async.bench.campaign_report import summary
+from treepo_async.bench.markdown import markdown
 from treepo_async.errors import ConfigError
 
 CPU = {"device": "cpu"}
@@ -117,4 +118,4 @@ def test_the_summary_names_what_did_not_run_and_what_failed():
         "skipped: b: not installed: sglang",
         "FAILED: c: exit code 1, see c.log",
     ]
-    assert table(("x", "y"), [(1, 2)]) == "| x | y |\n| --- | --- |\n| 1 | 2 |"
+    assert markdown(("x", "y"), [(1, 2)]) == "| x | y |\n| --- | --- |\n| 1 | 2 |"

@@ -18,6 +18,7 @@ from treepo_async.bench.async_summary import (
     ledger_accounts,
     ratio,
 )
+from treepo_async.bench.markdown import markdown
 
 ROLES = ("learner", "actor", "engine", "replay")
 UNIQUE = attrgetter("unique_per_s")
@@ -87,7 +88,7 @@ def arms_table(arms: Mapping[Arm, Sequence[CellSummary]]) -> str:
         [arm, str(len(cells)), *(column[place] for column in known.values())]
         for place, (arm, cells) in enumerate(arms.items())
     ]
-    return _table(["arm", "seeds", *known], rows)
+    return markdown(["arm", "seeds", *known], rows)
 
 
 def ratios(arms: Mapping[Arm, Sequence[CellSummary]]) -> str:
@@ -112,7 +113,7 @@ def ratios(arms: Mapping[Arm, Sequence[CellSummary]]) -> str:
         )
         before = arm if rungs else before
     head = ["arm", "over sync", "over sync2", "what it adds", "factor", "factor in unique tokens"]
-    return _table(head, rows)
+    return markdown(head, rows)
 
 
 def ledgers(cells: Sequence[CellData]) -> str:
@@ -124,7 +125,7 @@ def ledgers(cells: Sequence[CellData]) -> str:
             if shares:
                 means = (Spread.of(share[name] for share in shares).mean for name in Account)
                 rows.append([role, arm, *(f"{mean:.1%}" for mean in means)])
-    return _table(["role", "arm", *Account], rows)
+    return markdown(["role", "arm", *Account], rows)
 
 
 def lags(cells: Sequence[CellData]) -> str:
@@ -140,7 +141,7 @@ def lags(cells: Sequence[CellData]) -> str:
         [arm, *(_lag_words(share.get(lag), ess[arm].get(lag)) for lag in columns)]
         for arm, share in shares.items()
     ]
-    return _table(["arm", *(f"lag {lag}" for lag in columns)], rows)
+    return markdown(["arm", *(f"lag {lag}" for lag in columns)], rows)
 
 
 def number(spread: Spread, form: str) -> str:
@@ -169,8 +170,3 @@ def _over(cells: Sequence[CellSummary], figure: str) -> Spread:
 
 def _plain(value: float, form: str) -> str:
     return format(value, form) if isfinite(value) else "-"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -4,11 +4,12 @@ Tables come from the files of the parts: those in markdown as they are, those in
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from treepo_async.bench.campaign_parts import FAILED, SKIPPED, Result
+from treepo_async.bench.markdown import markdown
 
 STAMP = (
     "date",
@@ -54,20 +55,14 @@ def page(environment: Mapping[str, Any], results: Sequence[Result], out: Path) -
     rows = [(r.name, r.outcome, f"{r.seconds:.0f}", r.reason, f"`{r.line}`") for r in results]
     parts = [
         "# GPU campaign",
-        table(("", ""), [(key, value) for key, value in stamp if value not in (None, "")]),
-        table(("part", "outcome", "seconds", "", "command"), rows),
+        markdown(("", ""), [(key, value) for key, value in stamp if value not in (None, "")]),
+        markdown(("part", "outcome", "seconds", "", "command"), rows),
     ]
     for file in sorted(out.glob("*/table.md")):
         parts += [f"## {file.parent.name}", file.read_text().strip()]
     for file in sorted(out.glob("*.json")):
         parts += _of_json(file)
     return "\n\n".join(parts) + "\n"
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """In markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _of_json(file: Path) -> list[str]:
@@ -80,15 +75,15 @@ def _of_json(file: Path) -> list[str]:
         found_rows = _worst(found["rows"]) if is_exactness else found["rows"]
         columns = tuple(found_rows[0])
         cells = [[_short(row[key]) for key in columns] for row in found_rows]
-        return [title, table(columns, cells)]
+        return [title, markdown(columns, cells)]
     if "stages" in found:
         size = found["bytes"]
         rows = [(k, f"{s:.4f}", f"{size / s / 1e9:.2f}") for k, s in found["stages"].items()]
-        return [f"{title}: {size:,} bytes", table(("stage", "seconds", "GB/s"), rows)]
+        return [f"{title}: {size:,} bytes", markdown(("stage", "seconds", "GB/s"), rows)]
     if "by_kind" in found:
         wall = found["wall_s"]
         rows = [(k, f"{s:.4f}", f"{s / wall:.0%}") for k, s in found["by_kind"].items()]
-        return [f"{title}: {found['cell']}", table(("kernels", "seconds", "of the pass"), rows)]
+        return [f"{title}: {found['cell']}", markdown(("kernels", "seconds", "of the pass"), rows)]
     return []
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from treepo_async.bench.learner_cells import CELL_FIELDS, LearnerCell, Way, row_of
 from treepo_async.bench.learner_samples import LearnerSample, rounds_of
+from treepo_async.bench.markdown import markdown
 from treepo_async.bench.summary import Spread
 
 Round = Mapping[Way, LearnerSample]
@@ -191,9 +192,7 @@ def write_table(file: Path, summaries: Sequence[LearnerSummary]) -> None:
 
 def table(summaries: Sequence[LearnerSummary]) -> str:
     """Cells as rows."""
-    rows = [[fill(summary) for fill in _TABLE.values()] for summary in summaries]
-    lines = [list(_TABLE), ["---"] * len(_TABLE), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(_TABLE, ([fill(summary) for fill in _TABLE.values()] for summary in summaries))
 
 
 def setup(cell: LearnerCell) -> str:

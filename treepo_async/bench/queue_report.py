@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from treepo_async.bench.markdown import markdown
 from treepo_async.bench.queue_replay import Arm
 from treepo_async.bench.queue_samples import Burst, Crowd, Latency, Memory
 from treepo_async.bench.summary import Spread
@@ -119,9 +120,7 @@ def write_table(
 
 def table(summaries: Sequence[QueueSummary]) -> str:
     """Sizes as rows."""
-    rows = [[fill(summary) for fill in _TABLE.values()] for summary in summaries]
-    lines = [list(_TABLE), ["---"] * len(_TABLE), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(_TABLE, ([fill(summary) for fill in _TABLE.values()] for summary in summaries))
 
 
 def _rate(summary: QueueSummary, arm: Arm) -> str:

@@ -1,12 +1,13 @@
 """A sweep in words: the console's lines, `cells.csv` and `table.md`."""
 
 import csv
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from treepo_async.bench import paper
 from treepo_async.bench.cells import CELL_FIELDS, Arm, Cell
+from treepo_async.bench.markdown import markdown
 from treepo_async.bench.samples import Sample
 from treepo_async.bench.summary import FIGURES, Spread, Summary
 
@@ -109,13 +110,6 @@ def write_table(file: Path, summaries: Sequence[Summary]) -> None:
 def table(columns: Columns, summaries: Sequence[Summary]) -> str:
     """Cells as rows."""
     return markdown(columns, ([fill(s) for fill in columns.values()] for s in summaries))
-
-
-def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table."""
-    header = list(header)
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def setup(cell: Cell) -> str:

@@ -17,7 +17,7 @@ from treepo_async.cluster.invariants import Delivery, Verdict
 from treepo_async.cluster.time_booked import time_booked
 from treepo_async.cluster.verify_replay import read_lines, verify_replay
 from treepo_async.config.command_line import load
-from treepo_async.config.wiring import CONFIG_FILE
+from treepo_async.config.wiring import CONFIG_FILE, publications_of
 from treepo_async.errors import ConfigError, DataError, WeightsError
 from treepo_async.weights.checkpoints import CheckpointStore
 from treepo_async.weights.manifest import Manifest
@@ -41,7 +41,7 @@ def verify_run(run_dir: Path, *, acks: Collection[Delivery] = ()) -> list[Verdic
         )
     config = load(run_dir / CONFIG_FILE)
     max_staleness = config.replay.max_staleness
-    publications = run_dir / "weights" if config.weights.dir is None else Path(config.weights.dir)
+    publications = publications_of(run_dir, config.weights.dir)
     records = [
         row
         for row in read_lines(run_dir / "metrics.jsonl")

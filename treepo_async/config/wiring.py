@@ -84,7 +84,7 @@ class Wiring:
     @property
     def weights_dir(self) -> Path:
         """Where the learner publishes and the engine host looks."""
-        return Path(self.publications_dir or Path(self.run_dir) / "weights")
+        return publications_of(Path(self.run_dir), self.publications_dir)
 
     @property
     def checkpoints_dir(self) -> Path:
@@ -101,6 +101,11 @@ class Wiring:
         said = json.loads(text)
         engines = tuple(EngineAddress(**engine) for engine in said.pop("engines"))
         return cls(**said, engines=engines)
+
+
+def publications_of(run_dir: Path, named: str | None) -> Path:
+    """The folder of a run's publications: `weights.dir`, or a place in the run's own."""
+    return Path(named or run_dir / "weights")
 
 
 def digest_of(file: Path) -> str:
